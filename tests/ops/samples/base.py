@@ -1,0 +1,80 @@
+"""What a sample is, and the numbers samples are made of.
+
+Values depend on the sample's name only. `dtype` is x's; weights are float32 beside bfloat16 activations.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Args = tuple[Any, ...]
+Outputs = tuple[Tensor, ...]
+LEVELS = ("small", "tiles", "edges", "large")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: positional arguments of the schema, and which of them want gradients."""
+
+    name: str
+    args: Args
+    grad: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, what it should equal, and its samples.
+
+    `reference` takes float64 arguments and returns all outputs, then the mutated arguments as they should become.
+    `alone(args, i)` cuts row i out of a batch and `row(outputs, i)` is where the batch holds its result.
+    """
+
+    name: str
+    reference: Callable[..., Outputs]
+    samples: Callable[[str, torch.dtype], list[Sample]]
+    differentiable: tuple[int, ...] = (0,)
+    mutated: tuple[int, ...] = ()
+    alone: Callable[[Args, int], Args] | None = None
+    row: Callable[[Outputs, int], Outputs] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(torch.ops.glam, self.name)(*args)
+
+    def find(self, level: str, dtype: torch.dtype, name: str) -> Sample:
+        (found,) = [s for s in self.samples(level, dtype) if s.name == name]
+        return found
+
+
+def generator_of(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def randn(name: str, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, generator=generator_of(name), dtype=torch.float64)).to(dtype)
+
+
+def randint(name: str, high: int, *shape: int, dtype: torch.dtype = torch.int64, low: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=generator_of(name), dtype=dtype)
+
+
+def uniform(name: str, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator_of(name), dtype=torch.float32)
+
+
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Parameters stay float32 beside bfloat16 activations."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def one_output(function: Callable[..., Tensor]) -> Callable[..., Outputs]:
+    return lambda *args: (function(*args),)
+
+
+def first_dim_row(outputs: Outputs, i: int) -> Outputs:
+    return tuple(output[i : i + 1] for output in outputs)
