@@ -230,7 +230,7 @@ def test_oracle_gradients_by_finite_differences() -> None:
 
 
 def test_buckets_against_the_logarithmic_rule() -> None:
-    # Bucket of n >= 16: 16 + floor(16 * ln(n / 16) / ln(8)), the largest b with (n / 16)^16 >= 8^(b - 16): integers only.
+    # Bucket of n >= 16: 16 + floor(16 * ln(n / 16) / ln(8)), the largest b with (n / 16)^16 >= 8^(b - 16); integers.
     for n in range(300):
         expected = n if n < 16 else min(31, max(b for b in range(16, 200) if n**16 >= 8 ** (b - 16) * 16**16))
         assert attention.bucket(n) == expected, n

@@ -2,7 +2,8 @@
 
 Parameters are a dict named as the library's state_dict; weights are [in, out]. `config` has GLaMConfig's fields.
 `noise[n]` holds layer n's uniform numbers ([T] for the random policy, [T, E] for sampling), `jitter[n]` [T, D] the
-factors on the router's input. Autograd gives the gradients. Sources: GLaM (arXiv 2112.06905), praxis glam.py and gshard_utils.py.
+factors on the router's input. Autograd gives the gradients.
+Sources: GLaM (arXiv 2112.06905), praxis glam.py and gshard_utils.py.
 """
 
 from __future__ import annotations
