@@ -1,0 +1,73 @@
+# make demo    train, export and run a small model from nothing    make lint    clang-format, ruff, mypy
+# make test    build and run the fast tests                        make bench   the measurements the README quotes
+# make test-all  also the slow ones (wheels, fault loops, demo)    make dev     build in place, for work on the sources
+#
+# Everything is installed into .venv. A machine needs python3 >= 3.10 with venv and headers, a C++20 compiler and make.
+# Another torch: make test TORCH="torch==2.12.1". Fewer compile jobs: MAX_JOBS=1.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name '*.in') \
+	$(wildcard glam_ext/functional.py) CMakeLists.txt setup.py pyproject.toml
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all lint format bench dev clean
+
+dev: $(VENV)/.built
+
+demo: $(VENV)/.built
+	$(PY) -m glam_ext.recipes.demo
+
+test: $(VENV)/.built
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.built
+	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint-tools $(VENV)/.built
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.lint-tools
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.built
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info glam_ext/lib glam_ext/include glam_ext/share glam_ext/_C*.so $(VENV)/.built
+
+# --- stamps: each is redone only when what it was made from changed
+
+$(VENV)/.created:
+	@bash cmake/check_machine.sh $(PYTHON)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.created Makefile
+	@echo "installing $(TORCH) and the build tools into $(VENV)"
+	$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja nlohmann-json $(TORCH)
+	touch $@
+
+# The first build goes through pip, which also installs what the package and its tests need; after that a changed source
+# is a matter for CMake and Ninja alone.
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py
+	$(PIP) --no-build-isolation -v --editable ".[test]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(VENV)/bin/ninja -C build/cmake install
+	touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[lint]"
+	touch $@

@@ -1,0 +1,29 @@
+# CPU kernels: every file of csrc/cpu/kernels compiled once per instruction set, as an object library with -DGLAM_ISA=<name>.
+#
+# The kernels see no torch header: an inline function of torch compiled for a wide set could be the copy the linker keeps,
+# and would then crash on a narrower CPU. For the same reason their symbols are hidden.
+
+set(GLAM_KERNEL_OPTIONS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra)
+
+function(glam_add_isa target isa)
+  add_library(glam_kernels_${isa} OBJECT ${kernel_sources})
+  target_include_directories(glam_kernels_${isa} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
+  target_compile_definitions(glam_kernels_${isa} PRIVATE GLAM_ISA=${isa})
+  target_compile_options(glam_kernels_${isa} PRIVATE ${GLAM_KERNEL_OPTIONS} ${ARGN})
+  set_target_properties(glam_kernels_${isa} PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:glam_kernels_${isa}>)
+endfunction()
+
+function(glam_add_kernels target)
+  file(GLOB kernel_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/kernels/*.cpp)
+  if(NOT kernel_sources)
+    return()
+  endif()
+  glam_add_isa(${target} baseline)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+    glam_add_isa(${target} avx2 -mavx2 -mfma -mf16c)
+    glam_add_isa(${target} avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mfma -mf16c
+                 -mprefer-vector-width=512)
+    target_compile_definitions(${target} PRIVATE GLAM_HAVE_AVX2 GLAM_HAVE_AVX512)
+  endif()
+endfunction()

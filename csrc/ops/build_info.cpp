@@ -1,0 +1,62 @@
+// Facts about this build and this process; see glam/build_info.h.
+
+#include "glam/build_info.h"
+
+#include <ATen/Parallel.h>
+#include <torch/version.h>
+
+#include <set>
+#include <thread>
+
+#include "cpu/isa.h"
+
+#ifndef GLAM_VERSION
+#error "GLAM_VERSION is defined by CMakeLists.txt"
+#endif
+
+namespace glam {
+namespace {
+
+std::string compiler_name() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// Without -fopenmp, at::parallel_for compiles to a plain loop and nothing says so: count the threads that show up.
+int count_parallel_workers() {
+  const int threads = at::get_num_threads();
+  std::vector<std::thread::id> worker_of_chunk(threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) worker_of_chunk[i] = std::this_thread::get_id();
+  });
+  return static_cast<int>(std::set(worker_of_chunk.begin(), worker_of_chunk.end()).size());
+}
+
+}  // namespace
+
+BuildInfo build_info() {
+  return {
+      .version = GLAM_VERSION,
+      .torch_version = TORCH_VERSION,
+      .compiler = compiler_name(),
+      .cxx_standard = __cplusplus,
+      .cuda = false,
+      .cuda_reason = GLAM_CUDA_REASON,
+      .cuda_architectures = {},
+      .isa_compiled = compiled_isas(),
+      .isa_supported = supported_isas(),
+      .isa_active = isa_name(active_isa()),
+#ifdef _OPENMP
+      .openmp = true,
+#endif
+      .num_threads = at::get_num_threads(),
+      .parallel_workers = count_parallel_workers(),
+  };
+}
+
+}  // namespace glam

@@ -1,0 +1,1 @@
+"""The training, preparation, generation and export scripts, one job each."""
