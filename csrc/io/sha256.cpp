@@ -1,0 +1,126 @@
+// SHA-256 of bytes and of files, straight from FIPS 180-4. Used to tell a damaged checkpoint from a good one.
+//
+// A file is streamed through a fixed buffer, so its size does not matter.
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <vector>
+
+#include "glam/checkpoint.h"
+
+namespace glam {
+namespace {
+
+constexpr size_t kBlockBytes = 64;
+constexpr size_t kFileBufferBytes = 1 << 20;
+
+constexpr std::array<uint32_t, 64> kRoundConstants = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+class Sha256 {
+ public:
+  void update(const char* bytes, size_t count) {
+    length_ += count;
+    while (count > 0) {
+      const size_t taken = std::min(count, kBlockBytes - filled_);
+      std::memcpy(block_.data() + filled_, bytes, taken);
+      filled_ += taken;
+      bytes += taken;
+      count -= taken;
+      if (filled_ == kBlockBytes) {
+        compress();
+        filled_ = 0;
+      }
+    }
+  }
+
+  std::string finish() {
+    const uint64_t bits = length_ * 8;
+    const char one = static_cast<char>(0x80);
+    const char zero = 0;
+    update(&one, 1);
+    while (filled_ != kBlockBytes - 8) update(&zero, 1);
+    for (int shift = 56; shift >= 0; shift -= 8) {
+      const char byte = static_cast<char>(bits >> shift);
+      update(&byte, 1);
+    }
+    std::string hex;
+    for (const uint32_t word : state_) {
+      for (int shift = 28; shift >= 0; shift -= 4) hex += "0123456789abcdef"[(word >> shift) & 15];
+    }
+    return hex;
+  }
+
+ private:
+  void compress() {
+    std::array<uint32_t, 64> w;
+    for (size_t i = 0; i < 16; ++i) {
+      w[i] = uint32_t{block_[4 * i]} << 24 | uint32_t{block_[4 * i + 1]} << 16 | uint32_t{block_[4 * i + 2]} << 8 |
+             uint32_t{block_[4 * i + 3]};
+    }
+    for (size_t i = 16; i < 64; ++i) {
+      const uint32_t s0 = std::rotr(w[i - 15], 7) ^ std::rotr(w[i - 15], 18) ^ (w[i - 15] >> 3);
+      const uint32_t s1 = std::rotr(w[i - 2], 17) ^ std::rotr(w[i - 2], 19) ^ (w[i - 2] >> 10);
+      w[i] = w[i - 16] + s0 + w[i - 7] + s1;
+    }
+    auto [a, b, c, d, e, f, g, h] = state_;
+    for (size_t i = 0; i < 64; ++i) {
+      const uint32_t sum1 = std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25);
+      const uint32_t t1 = h + sum1 + ((e & f) ^ (~e & g)) + kRoundConstants[i] + w[i];
+      const uint32_t sum0 = std::rotr(a, 2) ^ std::rotr(a, 13) ^ std::rotr(a, 22);
+      const uint32_t t2 = sum0 + ((a & b) ^ (a & c) ^ (b & c));
+      h = g;
+      g = f;
+      f = e;
+      e = d + t1;
+      d = c;
+      c = b;
+      b = a;
+      a = t1 + t2;
+    }
+    const std::array<uint32_t, 8> added = {a, b, c, d, e, f, g, h};
+    for (size_t i = 0; i < 8; ++i) state_[i] += added[i];
+  }
+
+  std::array<uint32_t, 8> state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                    0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  std::array<uint8_t, kBlockBytes> block_{};
+  size_t filled_ = 0;
+  uint64_t length_ = 0;
+};
+
+}  // namespace
+
+std::string sha256(std::string_view bytes) {
+  Sha256 hash;
+  hash.update(bytes.data(), bytes.size());
+  return hash.finish();
+}
+
+std::string sha256_of_file(const std::filesystem::path& file) {
+  std::ifstream stream(file, std::ios::binary);
+  Sha256 hash;
+  std::vector<char> buffer(kFileBufferBytes);
+  while (stream) {
+    stream.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
+    hash.update(buffer.data(), static_cast<size_t>(stream.gcount()));
+  }
+  if (!stream.eof()) {
+    throw CheckpointError(file.string() + ": cannot be read (" + std::strerror(errno) +
+                          "); check that it exists and may be read");
+  }
+  return hash.finish();
+}
+
+}  // namespace glam
