@@ -1,5 +1,18 @@
 """GLaM as a PyTorch extension: ops (torch.ops.glam.*), a LibTorch model, training and export."""
 
-from glam_ext import _C
+from __future__ import annotations
 
-__version__: str = _C.build_info()["version"]
+from pathlib import Path
+
+from glam_ext._loader import load
+
+_C = load()
+
+from glam_ext.doctor import build_info  # noqa: E402
+
+__version__: str = _C.__version__
+
+cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
+"""For CMake's find_package(glam): -DCMAKE_PREFIX_PATH of a C++ program."""
+
+__all__ = ["__version__", "build_info", "cmake_prefix_path"]

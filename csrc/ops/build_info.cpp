@@ -3,15 +3,14 @@
 #include "glam/build_info.h"
 
 #include <ATen/Parallel.h>
-#include <torch/version.h>
 
 #include <set>
 #include <thread>
 
 #include "cpu/isa.h"
 
-#ifndef GLAM_VERSION
-#error "GLAM_VERSION is defined by CMakeLists.txt"
+#if !defined(GLAM_VERSION) || !defined(GLAM_TORCH_VERSION) || !defined(GLAM_CUDA_REASON)
+#error "GLAM_VERSION, GLAM_TORCH_VERSION and GLAM_CUDA_REASON are defined by CMakeLists.txt"
 #endif
 
 namespace glam {
@@ -39,10 +38,12 @@ int count_parallel_workers() {
 
 }  // namespace
 
+const char* version() { return GLAM_VERSION; }
+
 BuildInfo build_info() {
   return {
-      .version = GLAM_VERSION,
-      .torch_version = TORCH_VERSION,
+      .version = version(),
+      .torch_version = GLAM_TORCH_VERSION,
       .compiler = compiler_name(),
       .cxx_standard = __cplusplus,
       .cuda = false,

@@ -16,6 +16,7 @@ namespace py = pybind11;
 namespace {
 
 void bind_build_info(py::module_& m) {
+  m.attr("__version__") = glam::version();
   m.def(
       "build_info",
       [] {

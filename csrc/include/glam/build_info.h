@@ -28,6 +28,9 @@ struct BuildInfo {
   int parallel_workers = 1;  // threads that took part in a small at::parallel_for inside this library
 };
 
+// Of this package, as "0.1.0".
+const char* version();
+
 // Throws if GLAM_CPU_ISA asks for an instruction set that is not available.
 BuildInfo build_info();
 
