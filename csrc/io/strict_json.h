@@ -12,6 +12,14 @@
 
 namespace glam {
 
+// The parser quotes the bytes it stopped at, which need not be UTF-8, while messages must be.
+inline std::string printable(std::string text) {
+  for (char& character : text) {
+    if (static_cast<unsigned char>(character) < 0x20 || static_cast<unsigned char>(character) > 0x7e) character = '?';
+  }
+  return text;
+}
+
 template <class Json>
 Json parse_strict_json(std::string_view text) {
   std::vector<std::set<std::string>> seen;  // the keys of every object that is open
@@ -26,7 +34,7 @@ Json parse_strict_json(std::string_view text) {
   try {
     return Json::parse(text, watch);
   } catch (const typename Json::exception& error) {
-    throw std::invalid_argument(std::string("not JSON: ") + error.what());
+    throw std::invalid_argument("not JSON: " + printable(error.what()));
   }
 }
 
