@@ -76,7 +76,8 @@ def test_one_expert_is_the_dense_model(num_experts: int) -> None:
     assert not any("moe" in name for name in glam.parameter_shapes(config))
     tokens, targets = batch(config)
     output = glam.forward(glam.random_parameters(config), config, tokens, targets)
-    assert output.aux == 0 and not output.aux_of_layer
+    assert output.aux == 0
+    assert not output.aux_of_layer
 
 
 def test_identical_geglu_experts_without_drops_equal_the_dense_layer() -> None:
@@ -93,7 +94,8 @@ def test_identical_geglu_experts_without_drops_equal_the_dense_layer() -> None:
     a = glam.forward(sparse, moe_config, tokens, targets)
     b = glam.forward(dense, dense_config, tokens, targets)
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-7)
-    assert a.loss_sum is not None and b.loss_sum is not None
+    assert a.loss_sum is not None
+    assert b.loss_sum is not None
     assert abs(a.loss_sum - b.loss_sum) < 1e-6
 
 

@@ -81,7 +81,8 @@ def expert(x: Tensor, wi: Tensor, wo: Tensor, wg: Tensor | None, activation: str
     elif activation == "gelu":
         hidden = gelu(x @ wi)
     else:
-        assert activation == "geglu" and wg is not None
+        assert activation == "geglu"
+        assert wg is not None
         hidden = gelu(x @ wg.double()) * (x @ wi)
     return hidden @ wo
 

@@ -1,0 +1,62 @@
+"""Expert feed-forwards over segments of rows: segment s goes through expert s mod E_local."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from . import levels, samples
+
+
+class TestExpertMlp(levels.OpTests):
+    op = samples.EXPERT_MLP
+
+
+def test_by_hand() -> None:
+    # Two experts that scale: 2 x 10 = 20 times and 3 x 100 = 300 times, after the ReLU. Four segments: 0, 1, 0, 1.
+    wi, wo = torch.tensor([[[2.0]], [[3.0]]]), torch.tensor([[[10.0]], [[100.0]]])
+    rows = torch.tensor([[1.0], [1.0], [-1.0], [2.0], [5.0]])
+    offsets = torch.tensor([0, 1, 2, 2, 4], dtype=torch.int32)
+    y = torch.ops.glam.expert_mlp(rows, offsets, wi, wo, None, "relu")
+    # Rows: 20, 300, relu(-3) = 0, 600, and 0 after the last segment.
+    assert y.tolist() == [[20], [300], [0], [600], [0]]
+
+
+def test_rows_of_an_expert_are_the_same_in_one_segment_or_two() -> None:
+    """Rows that came from two ranks, ordered (rank, expert), give the bits of rows ordered by expert."""
+    sample = samples.EXPERT_MLP.find("small", torch.float32, "six segments of three experts relu")
+    rows, offsets, *weights = sample.args
+    y = torch.ops.glam.expert_mlp(rows, offsets, *weights)
+    sizes = offsets.diff().tolist()
+    parts = list(torch.arange(int(offsets[-1])).split(sizes))
+    order = torch.cat([part for e in range(3) for part in (parts[e], parts[e + 3])])
+    joined = torch.tensor([0, *torch.tensor([sizes[e] + sizes[e + 3] for e in range(3)]).cumsum(0)]).int()
+    assert torch.equal(torch.ops.glam.expert_mlp(rows[order], joined, *weights), y[order])
+
+
+BASE = samples.EXPERT_MLP.find("small", torch.float32, "three experts geglu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({0: torch.zeros(11)}, "rows"),
+        ({0: torch.zeros(11, 6)}, "wi"),
+        ({1: torch.zeros(4)}, "offsets"),
+        ({1: torch.zeros(4, 1, dtype=torch.int32)}, "offsets"),
+        ({1: torch.zeros(5, dtype=torch.int32)}, "offsets"),
+        ({2: torch.zeros(3, 5, 4, dtype=torch.float64)}, "wi"),
+        ({3: torch.zeros(3, 4, 5, dtype=torch.float64)}, "wo"),
+        ({3: torch.zeros(3, 5, 5)}, "wo"),
+        ({3: torch.zeros(2, 4, 5)}, "wo"),
+        ({4: torch.zeros(3, 4, 5)}, "wg"),
+        ({4: None}, "wg"),
+        ({5: "relu"}, "wg"),
+        ({5: "swish"}, "activation"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)),
+)
+def test_bad_input(changes: dict[int, Any], text: str) -> None:
+    levels.assert_refused(samples.EXPERT_MLP, BASE, changes, text)

@@ -1,0 +1,86 @@
+"""Cross entropy of a linear output layer whose logits never exist as a whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from . import levels, samples
+
+
+class TestLinearCrossEntropy(levels.OpTests):
+    op = samples.LINEAR_CROSS_ENTROPY
+
+
+def test_by_hand() -> None:
+    # Logits 2 * (0, ln 2 / 2, ln 5 / 2) = (0, ln 2, ln 5): lse = ln 8. nll of word 2: ln 8 - ln 5.
+    # loss_sum = 3 * (ln 8 - ln 5 + 0.1 (ln 8)^2).
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    table = torch.tensor([[0.0], [math.log(2) / 2], [math.log(5) / 2]], dtype=torch.float64)
+    weights = torch.tensor([3.0], dtype=torch.float64)
+    target = torch.tensor([2])
+    loss_sum, nll, lse = torch.ops.glam.linear_cross_entropy(hidden, table, target, weights, 2.0, 0.1)
+    assert abs(lse.item() - math.log(8)) < 1e-12
+    assert abs(nll.item() - math.log(8 / 5)) < 1e-12
+    assert abs(loss_sum.item() - 3 * (math.log(8 / 5) + 0.1 * math.log(8) ** 2)) < 1e-12
+    # Smoothing 0.3 moves 0.3 of the target to the mean over all words: the mean logit is (ln 2 + ln 5) / 3.
+    loss_sum, nll, _ = torch.ops.glam.linear_cross_entropy(hidden, table, target, None, 2.0, 0.0, 0.3)
+    expected = 0.7 * math.log(8 / 5) + 0.3 * (math.log(8) - math.log(10) / 3)
+    assert abs(loss_sum.item() - expected) < 1e-12
+    assert abs(nll.item() - math.log(8 / 5)) < 1e-12
+
+
+@pytest.mark.parametrize("output", [1, 2])
+def test_a_gradient_at_nll_or_lse_is_refused(output: int) -> None:
+    sample = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float32, "T=6 D=5 V=7 (1.0, 0.0, 0.0, 0.0)")
+    outputs = samples.LINEAR_CROSS_ENTROPY(*levels.require_grad(sample))
+    with pytest.raises(RuntimeError, match="glam::linear_cross_entropy: "):
+        (outputs[0] + outputs[output].sum()).backward()
+
+
+def test_very_large_logits_stay_finite() -> None:
+    hidden = torch.full((2, 3), 100.0, requires_grad=True)
+    table = torch.stack([torch.full((3,), 100.0), torch.full((3,), -100.0)]).requires_grad_()
+    loss_sum, nll, lse = torch.ops.glam.linear_cross_entropy(hidden, table, torch.tensor([0, 1]), None)
+    assert nll.tolist() == [0.0, 60000.0]
+    assert lse.tolist() == [30000.0, 30000.0]
+    loss_sum.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_a_token_of_weight_zero_adds_nothing() -> None:
+    sample = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float64, "T=7 D=4 V=9 (0.5, 0.01, 0.0, 0.0)")
+    hidden, table, targets, weights, *rest = sample.args
+    kept = weights > 0
+    assert 0 < int(kept.sum()) < 7
+    whole = levels.run(samples.LINEAR_CROSS_ENTROPY, sample.args)[0]
+    part = samples.LINEAR_CROSS_ENTROPY(hidden[kept], table, targets[kept], weights[kept], *rest)[0]
+    torch.testing.assert_close(whole, part, rtol=1e-13, atol=0)
+
+
+BASE = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float32, "T=7 D=4 V=9 (0.5, 0.01, 0.0, 0.0)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({0: torch.zeros(7)}, "hidden"),
+        ({0: torch.zeros(7, 4, dtype=torch.int64)}, "hidden"),
+        ({1: torch.zeros(9, 5)}, "embedding"),
+        ({1: torch.zeros(9, 4, dtype=torch.float64)}, "embedding"),
+        ({2: torch.zeros(6, dtype=torch.int64)}, "targets"),
+        ({2: torch.zeros(7)}, "targets"),
+        ({2: torch.full((7,), 9)}, "targets"),
+        ({2: torch.full((7,), -1)}, "targets"),
+        ({3: torch.zeros(6)}, "weights"),
+        ({7: -1.0}, "logit_cap"),
+        ({6: 1.5}, "label_smoothing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)),
+)
+def test_bad_input(changes: dict[int, Any], text: str) -> None:
+    levels.assert_refused(samples.LINEAR_CROSS_ENTROPY, BASE, changes, text)
