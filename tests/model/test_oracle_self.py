@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tests.reference import attention, gating, glam, routing
+from tests.reference import adafactor, attention, gating, glam, routing
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def test_every_option_changes_the_result() -> None:
         {"router_logit_cap": 0.5},
     ):
         other = glam.forward(parameters, replace(SMALL, **change), tokens, targets, noise=noise)
-        assert other.loss_sum is not None and abs(other.loss_sum - base.loss_sum) > 1e-6, change
+        assert other.loss_sum is not None
+        assert abs(other.loss_sum - base.loss_sum) > 1e-6, change
     mean = glam.forward(parameters, replace(SMALL, aux_loss_reduction="mean"), tokens, targets)
     torch.testing.assert_close(mean.aux, base.aux / 2)
 
@@ -264,3 +265,32 @@ def test_attention_forms_agree_and_the_extra_logit_has_its_value() -> None:
 def test_capacity_rounding(group_size: int, factor: float, experts: int, expected: int) -> None:
     # int(1024*2/64) = 32; int(0.25) = 0 -> 1; 2 -> 4; 5 -> 8; 3 -> 4; factor 0 drops nothing.
     assert gating.capacity_of(group_size, factor, experts) == expected
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 4), (3, 6, 5)])
+def test_adafactor_reference_equals_torch_where_the_definitions_agree(shape: tuple[int, ...]) -> None:
+    # torch.optim.Adafactor factors every matrix over its last two dimensions and takes min(lr, 1/sqrt(t)) = lr here.
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    theirs = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.Adafactor([theirs], lr=0.01, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0, weight_decay=0.0)
+    ours = adafactor.Adafactor(weight, min_factored=1)
+    for step in range(4):
+        theirs.grad = 10.0**-step * torch.randn(shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        ours.update(theirs.grad, adafactor.learning_rate(step))
+        torch.testing.assert_close(ours.weight, theirs.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_adafactor_first_step_by_hand() -> None:
+    # At step 0 the decay is 0, so u = grad / |grad| = (1, -1), RMS(u) = 1; the step is 0.01 * RMS(w) = 0.01 * 5.
+    state = adafactor.Adafactor(torch.tensor([7.0, 1.0]))
+    state.update(torch.tensor([2.0, -3.0]), adafactor.learning_rate(0))
+    torch.testing.assert_close(state.weight, torch.tensor([6.95, 1.05], dtype=torch.float64))
+    assert adafactor.learning_rate(40_000) == 0.005
+    assert [adafactor.is_factored(s) for s in ((128, 128), (4, 128, 300), (127, 500), (200,))] == [
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -390,6 +390,8 @@ class OpTests:
             cases = []
         if level == "test_double_backward":
             cases = cases[:1]
+        if level == "test_opcheck":
+            cases = [case for case in cases if "float32" in str(case.id)] + cases[-1:]
         if level in ("test_compile", "test_export"):
             cases = cases[: self.compiled_samples]
         metafunc.parametrize("sample", cases)
