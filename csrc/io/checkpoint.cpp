@@ -177,7 +177,7 @@ CheckpointFolder verify_checkpoint(const fs::path& folder, Verify verify) {
 CheckpointFolder open_checkpoint(const fs::path& path, Verify verify,
                                  const std::function<void(const std::string&)>& warn) {
   if (!is_folder(path)) {
-    refuse(path, "not a folder; give the path of a checkpoint folder or of a run with checkpoints");
+    refuse(path, "not a folder; give the path of a checkpoint folder or of a run folder");
   }
   if (looks_like_checkpoint(path)) return verify_checkpoint(path, verify);
   const fs::path root = is_folder(path / "checkpoints") ? path / "checkpoints" : path;

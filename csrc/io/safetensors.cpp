@@ -196,15 +196,17 @@ at::Tensor make_tensor(const std::filesystem::path& file, const Entry& entry, ch
   return at::from_blob(data, entry.shape, [mapping](void*) {}, options);
 }
 
-// Removes the file again unless the writer got to its end.
-class FileUntilKept {
+// Written beside its final name and renamed once it is on disk: a failure leaves what was there before.
+class FileInTheMaking {
  public:
-  explicit FileUntilKept(const std::filesystem::path& file)
-      : file_(file), descriptor_(file, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC) {}
-  FileUntilKept(const FileUntilKept&) = delete;
-  FileUntilKept& operator=(const FileUntilKept&) = delete;
-  ~FileUntilKept() {
-    if (!kept_) ::unlink(file_.c_str());
+  explicit FileInTheMaking(const std::filesystem::path& file)
+      : file_(file),
+        partial_(file.string() + ".partial"),
+        descriptor_(partial_, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC) {}
+  FileInTheMaking(const FileInTheMaking&) = delete;
+  FileInTheMaking& operator=(const FileInTheMaking&) = delete;
+  ~FileInTheMaking() {
+    if (!finished_) ::unlink(partial_.c_str());
   }
 
   void write(const char* bytes, size_t count) {
@@ -216,15 +218,17 @@ class FileUntilKept {
       count -= static_cast<size_t>(written);
     }
   }
-  void sync_and_keep() {
+  void finish() {
     if (::fsync(descriptor_.get()) != 0) fail_io(file_, "fsync", errno);
-    kept_ = true;
+    if (::rename(partial_.c_str(), file_.c_str()) != 0) fail_io(file_, "rename", errno);
+    finished_ = true;
   }
 
  private:
   std::filesystem::path file_;
+  std::filesystem::path partial_;
   FileDescriptor descriptor_;
-  bool kept_ = false;
+  bool finished_ = false;
 };
 
 }  // namespace
@@ -283,7 +287,7 @@ void write_safetensors(const std::filesystem::path& file, const TensorMap& tenso
   text.append((kHeaderAlignment - text.size() % kHeaderAlignment) % kHeaderAlignment, ' ');
   const uint64_t length = text.size();
 
-  FileUntilKept output(file);
+  FileInTheMaking output(file);
   output.write(reinterpret_cast<const char*>(&length), kLengthBytes);
   output.write(text.data(), text.size());
   for (const Pending& item : pending) {
@@ -291,7 +295,7 @@ void write_safetensors(const std::filesystem::path& file, const TensorMap& tenso
     const at::Tensor plain = item.tensor->detach().cpu().contiguous();
     output.write(static_cast<const char*>(plain.data_ptr()), plain.nbytes());
   }
-  output.sync_and_keep();
+  output.finish();
 }
 
 }  // namespace glam

@@ -120,11 +120,12 @@ void bind_io(py::module_& m) {
       "Path, config JSON, files, warnings and trainer JSON, as the C++ reader sees them.");
   m.def(
       "load_checkpoint_tensors",
-      [](const std::filesystem::path& path, const std::string& stem) {
+      [](const std::filesystem::path& path, const std::string& stem, bool hashes) {
         const py::gil_scoped_release released;
-        return glam::load_tensors(glam::verify_checkpoint(path), stem);
+        const auto verify = hashes ? glam::Verify::kHashes : glam::Verify::kSizes;
+        return glam::load_tensors(glam::verify_checkpoint(path, verify), stem);
       },
-      py::arg("folder"), py::arg("stem"));
+      py::arg("folder"), py::arg("stem"), py::arg("hashes") = true);
 }
 
 }  // namespace

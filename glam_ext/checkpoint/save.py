@@ -69,6 +69,7 @@ def save_checkpoint(
     root = Path(root)
     final = root / step_name(step)
     temporary = root / f"{TEMPORARY_PREFIX}{final.name}"
+    renamed = False
     try:
         _make_durable_folder(root)
         _remove_temporaries(root)
@@ -76,13 +77,15 @@ def save_checkpoint(
         temporary.mkdir()
         _write_content(temporary, config, model_tensors, optimizer_tensors, trainer_text)
         os.rename(temporary, final)
+        renamed = True
         _fsync(root)
         (final / MARKER).touch(exist_ok=False)
         _fsync(final / MARKER)
         _fsync(final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not (final / MARKER).exists():
+        if renamed:  # what may not be on disk does not count, marker or not
+            (final / MARKER).unlink(missing_ok=True)
             shutil.rmtree(final, ignore_errors=True)
         if isinstance(error, (OSError, safetensors.SafetensorError)):
             raise CheckpointError(
@@ -127,6 +130,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         plain[name] = value.clone() if storage in storages else value
         storages.add(storage)
     save_file(plain, file, metadata={"format": "pt"})
+    shutil.copymode(file.with_name(CONFIG), file)  # safetensors makes private files; the umask decided on config.json
     _fsync(file)
 
 

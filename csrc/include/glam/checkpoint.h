@@ -34,8 +34,9 @@ using TensorMap = std::map<std::string, at::Tensor>;
 // last tensor) before any tensor is made. Throws CheckpointError.
 TensorMap read_safetensors(const std::filesystem::path& file);
 
-// Writes CPU or device tensors, largest element first and by name within that, so that every tensor is aligned; synced
-// to disk before it returns. An existing file is replaced; after a failure no file is left. Throws CheckpointError.
+// Writes CPU or device tensors, largest element first and by name within that, so that every tensor is aligned. The
+// file appears (or replaces an older one) in one step once it is synced; a failure leaves what was there before. Throws
+// CheckpointError.
 void write_safetensors(const std::filesystem::path& file, const TensorMap& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
