@@ -1,0 +1,86 @@
+// Row gathers of combine, its backward and the backward of dispatch; see rows.h.
+//
+// Every sum runs in an order fixed by D and K alone: over k ascending for y, and for dot products over kLanes interleaved
+// partial sums, whatever the register width. D is walked in tiles that stay in the first-level cache.
+#include "cpu/kernels/rows.h"
+
+#include "cpu/kernels/vector.h"
+
+namespace glam::cpu::GLAM_ISA {
+namespace {
+
+constexpr int64_t kTile = 512;  // elements of D summed at a time: 4 KB of doubles
+constexpr int64_t kLanes = 16;  // partial sums of a dot product: one register of floats at the widest
+
+inline float load(float value) { return value; }
+inline double load(double value) { return value; }
+inline float load(Bf16 bits) { return bf16_to_float(bits); }
+
+inline void store(float value, float* out) { *out = value; }
+inline void store(double value, double* out) { *out = value; }
+inline void store(float value, Bf16* out) { *out = float_to_bf16(value); }
+
+template <class Scalar>
+void combine(const Scalar* rows_RD, const SumOf<Scalar>* gates_TK, const int32_t* row_of_choice_TK, int64_t begin,
+             int64_t end, int64_t K, int64_t D, Scalar* y_TD) {
+  using Sum = SumOf<Scalar>;
+  Sum sums[kTile];
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t d = 0; d < D; d += kTile) {
+      const int64_t width = D - d < kTile ? D - d : kTile;
+      for (int64_t i = 0; i < width; ++i) sums[i] = Sum(0);
+      for (int64_t choice = t * K; choice < (t + 1) * K; ++choice) {
+        if (row_of_choice_TK[choice] < 0) continue;
+        const Scalar* const row = rows_RD + row_of_choice_TK[choice] * D + d;
+        const Sum gate = gates_TK ? gates_TK[choice] : Sum(1);
+        for (int64_t i = 0; i < width; ++i) sums[i] += gate * load(row[i]);
+      }
+      Scalar* const y = y_TD + t * D + d;
+      for (int64_t i = 0; i < width; ++i) store(sums[i], y + i);
+    }
+  }
+}
+
+template <class Scalar>
+SumOf<Scalar> dot(const Scalar* a_D, const Scalar* b_D, int64_t D) {
+  using Sum = SumOf<Scalar>;
+  Sum lanes[kLanes] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += load(a_D[d + i]) * load(b_D[d + i]);
+  }
+  for (int64_t i = 0; d + i < D; ++i) lanes[i] += load(a_D[d + i]) * load(b_D[d + i]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class Scalar>
+void combine_backward(const Scalar* grad_y_TD, const Scalar* rows_RD, const SumOf<Scalar>* gates_TK,
+                      const int32_t* choice_of_row_R, int64_t begin, int64_t end, int64_t K, int64_t D,
+                      Scalar* grad_rows_RD, SumOf<Scalar>* grad_gates_TK) {
+  for (int64_t r = begin; r < end; ++r) {
+    Scalar* const grad_row = grad_rows_RD + r * D;
+    const int32_t choice = choice_of_row_R[r];
+    if (choice < 0) {
+      for (int64_t d = 0; d < D; ++d) grad_row[d] = Scalar(0);
+      continue;
+    }
+    const Scalar* const grad_y = grad_y_TD + choice / K * D;
+    const SumOf<Scalar> gate = gates_TK[choice];
+    for (int64_t d = 0; d < D; ++d) store(gate * load(grad_y[d]), grad_row + d);
+    grad_gates_TK[choice] = dot(rows_RD + r * D, grad_y, D);
+  }
+}
+
+template <class Scalar>
+constexpr RowFunctions<Scalar> functions() {
+  return {&combine<Scalar>, &combine_backward<Scalar>};
+}
+
+}  // namespace
+
+extern const RowTable row_table = {functions<float>(), functions<double>(), functions<Bf16>()};
+
+}  // namespace glam::cpu::GLAM_ISA
