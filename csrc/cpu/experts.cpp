@@ -1,0 +1,374 @@
+// CPU kernels of the expert networks (ops/experts.cpp): four lists of products and two row-wise passes.
+//
+// Forward: pre = rows Wi, then out = act(pre) Wo with the activation applied while act(pre) is packed. Backward:
+// grad_hidden = dy Wo^T stays in the block that made it, where it gives the gate's gradient and grad_pre; the weight
+// gradients read activations and dispatched rows through the packing, so neither exists as a tensor. Rows are gathered
+// from tokens by choice_of_row; no [R, D] copy of x is made.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels/experts.h"
+#include "ops/checks.h"
+
+namespace glam::cpu {
+namespace {
+
+constexpr int64_t kTokensPerTask = 16;
+
+Transform activation_of(c10::string_view name) {
+  return name == "relu" ? Transform::relu : name == "gelu" ? Transform::gelu : Transform::geglu;
+}
+
+// Where the rows of each segment lie, and the rows of one expert over all segments.
+class Segments {
+ public:
+  Segments(const char* op, const OptionalTensor& offsets, int64_t num_rows, int64_t num_experts)
+      : num_rows_(num_rows), num_experts_(num_experts) {
+    if (offsets) {
+      const Tensor contiguous = offsets->contiguous();
+      const auto* begin = contiguous.const_data_ptr<int32_t>();
+      offsets_.assign(begin, begin + contiguous.numel());
+    } else {
+      offsets_ = {0, static_cast<int32_t>(num_rows)};
+    }
+    TORCH_CHECK(offsets_.front() == 0 && std::is_sorted(offsets_.begin(), offsets_.end()) && offsets_.back() <= num_rows,
+                op, ": expected offsets to ascend from 0 to at most R = ", num_rows, ", got ", offsets_);
+  }
+  int64_t count() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+  int64_t begin(int64_t segment) const { return offsets_[segment]; }
+  int64_t rows(int64_t segment) const { return offsets_[segment + 1] - offsets_[segment]; }
+  int64_t expert(int64_t segment) const { return segment % num_experts_; }
+  int64_t used() const { return offsets_.back(); }
+  int64_t num_rows() const { return num_rows_; }
+  int64_t num_experts() const { return num_experts_; }
+
+  // For each expert the indices of its rows, segment after segment, in one array; starts[e] .. starts[e + 1].
+  std::pair<std::vector<int32_t>, std::vector<int64_t>> rows_by_expert() const {
+    std::vector<int32_t> rows_of(static_cast<size_t>(used()));
+    std::vector<int64_t> starts = {0};
+    for (int64_t e = 0; e < num_experts_; ++e) {
+      int64_t next = starts.back();
+      for (int64_t s = e; s < count(); s += num_experts_) {
+        std::iota(rows_of.begin() + next, rows_of.begin() + next + rows(s), static_cast<int32_t>(begin(s)));
+        next += rows(s);
+      }
+      starts.push_back(next);
+    }
+    return {std::move(rows_of), std::move(starts)};
+  }
+
+ private:
+  std::vector<int32_t> offsets_;
+  int64_t num_rows_;
+  int64_t num_experts_;
+};
+
+// [R, width] rows as the A side, starting at row `begin`.
+Operand rows_from(Operand rows, int64_t begin) {
+  if (rows.row_index) {
+    rows.row_index += begin;
+  } else {
+    rows.data = advance(rows.data, rows.type, begin * rows.row_stride);
+  }
+  return rows;
+}
+
+Output rows_from(Output rows, int64_t begin) {
+  rows.data = advance(rows.data, rows.type, begin * rows.row_stride);
+  return rows;
+}
+
+// The same rows as the reduction index k, picked by `picked` (through the operand's own gather, if it has one).
+Operand as_reduction(Operand rows, const int32_t* picked) {
+  rows.rows_are_k = true;
+  rows.row_index = picked;
+  return rows;
+}
+
+struct Weights {
+  Tensor wi, wo, wg;  // unit stride in one of the last two dimensions; wg undefined unless geglu
+  bool round;
+
+  Weights(const Tensor& wi_, const Tensor& wo_, const OptionalTensor& wg_, at::ScalarType compute)
+      : wi(wi_.contiguous()), wo(wo_.contiguous()), wg(wg_ ? wg_->contiguous() : Tensor()),
+        round(compute == at::kBFloat16) {}
+  Operand columns(const Tensor& weight, int64_t expert) const { return rounded(outer_columns(weight[expert])); }
+  Operand transposed_columns(const Tensor& weight, int64_t expert) const {
+    return rounded(outer_columns(weight[expert].t()));
+  }
+
+ private:
+  Operand rounded(Operand operand) const {
+    operand.round_to_bf16 = round;
+    return operand;
+  }
+};
+
+Operand hidden_operand(const Tensor& pre, const Tensor& pre_gate, Transform activation) {
+  Operand hidden = outer_rows(pre);
+  hidden.transform = activation;
+  hidden.gate = activation == Transform::geglu ? pre_gate.const_data_ptr() : nullptr;
+  hidden.round_to_bf16 = pre.scalar_type() == at::kBFloat16;
+  return hidden;
+}
+
+// values[used:] = 0: rows that belong to no segment are written too.
+void zero_unused(const Tensor& values, int64_t used) {
+  if (values.numel() > 0 && used < values.size(0)) values.narrow(0, used, values.size(0) - used).zero_();
+}
+
+struct Hidden {
+  Tensor pre, pre_gate;
+};
+
+template <class T>
+Hidden forward(const Operand& rows, const Tensor& like, const Segments& segments, const Weights& weights,
+               Transform activation, const Tensor& out) {
+  const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
+  Hidden hidden{at::empty({R, F}, like.options()), at::empty({weights.wg.defined() ? R : 0}, like.options())};
+  if (weights.wg.defined()) hidden.pre_gate = at::empty({R, F}, like.options());
+  std::vector<Product> up, down;
+  for (int64_t s = 0; s < segments.count(); ++s) {
+    const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
+    if (count == 0) continue;
+    const Operand a = rows_from(rows, begin);
+    up.push_back({a, weights.columns(weights.wi, e), rows_from(output_to(hidden.pre), begin), count, F, D});
+    if (weights.wg.defined()) {
+      up.push_back({a, weights.columns(weights.wg, e), rows_from(output_to(hidden.pre_gate), begin), count, F, D});
+    }
+    Operand activated = hidden_operand(hidden.pre, hidden.pre_gate, activation);
+    activated = rows_from(activated, begin);
+    if (activated.gate) activated.gate = advance(activated.gate, activated.type, begin * activated.row_stride);
+    down.push_back({activated, weights.columns(weights.wo, e), rows_from(output_to(out), begin), count, D, F});
+  }
+  run_products<T>(up);
+  run_products<T>(down);
+  zero_unused(hidden.pre, segments.used());
+  if (weights.wg.defined()) zero_unused(hidden.pre_gate, segments.used());
+  zero_unused(out, segments.used());
+  return hidden;
+}
+
+struct Gradients {
+  Tensor rows;  // [R, D] in the accumulation dtype
+  Tensor wi, wo, wg;
+};
+
+// grad: rows of dy, gathered like `rows` where they are tokens'. gates [R] scale them; grad_gates [R] receives
+// <act(pre), dy Wo^T> (both null when there are no gates).
+template <class T>
+Gradients backward(const Operand& grad, const Operand& rows, const Segments& segments, const Hidden& hidden,
+                   const Weights& weights, Transform activation, const T* gates, T* grad_gates) {
+  const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
+  const bool geglu = weights.wg.defined();
+  const auto accumulation = at::TensorOptions(sizeof(T) == sizeof(double) ? at::kDouble : at::kFloat);
+  const Tensor grad_pre = at::empty({R, F}, hidden.pre.options());
+  const Tensor grad_pre_gate = geglu ? at::empty({R, F}, hidden.pre.options()) : Tensor();
+
+  std::vector<Product> through_wo;
+  std::vector<int64_t> first_row;
+  for (int64_t s = 0; s < segments.count(); ++s) {
+    if (segments.rows(s) == 0) continue;
+    through_wo.push_back({rows_from(grad, segments.begin(s)),
+                          weights.transposed_columns(weights.wo, segments.expert(s)), Output{}, segments.rows(s), F, D});
+    first_row.push_back(segments.begin(s));
+  }
+  const Type type = type_of(grad_pre);
+  const auto at_row = [&](const Tensor& matrix, int64_t row) -> void* {
+    return matrix.defined() ? advance(matrix.mutable_data_ptr(), type, row * F) : nullptr;
+  };
+  run_products<T>(through_wo, [&](int64_t index, int64_t row, int64_t count, T* values, int64_t stride) {
+    const int64_t begin = first_row[index] + row;
+    expert_functions<T>().backward_rows({.activation = activation,
+                                         .grad_hidden = values,
+                                         .grad_stride = stride,
+                                         .rows = count,
+                                         .hidden_dim = F,
+                                         .type = type,
+                                         .pre = at_row(hidden.pre, begin),
+                                         .pre_gate = geglu ? at_row(hidden.pre_gate, begin) : nullptr,
+                                         .grad_pre = at_row(grad_pre, begin),
+                                         .grad_pre_gate = at_row(grad_pre_gate, begin),
+                                         .gates = gates ? gates + begin : nullptr,
+                                         .grad_gates = grad_gates ? grad_gates + begin : nullptr});
+  });
+
+  Gradients gradients{at::empty({R, D}, accumulation), at::empty_like(weights.wi), at::empty_like(weights.wo),
+                      geglu ? at::empty_like(weights.wg) : at::empty({0}, hidden.pre.options())};
+  std::vector<Product> to_rows, to_rows_gate, to_weights;
+  for (int64_t s = 0; s < segments.count(); ++s) {
+    const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
+    if (count == 0) continue;
+    to_rows.push_back({rows_from(outer_rows(grad_pre), begin), weights.transposed_columns(weights.wi, e),
+                       rows_from(output_to(gradients.rows), begin), count, D, F});
+    if (geglu) {
+      to_rows_gate.push_back({rows_from(outer_rows(grad_pre_gate), begin), weights.transposed_columns(weights.wg, e),
+                              rows_from(output_to(gradients.rows, true), begin), count, D, F});
+    }
+  }
+  const auto [picked_rows, starts] = segments.rows_by_expert();
+  // What the gathers of `rows` and `grad` see, row by row of each expert, and the gates in that order.
+  std::vector<int32_t> picked_source(picked_rows.size());
+  std::vector<T> picked_gates(gates ? picked_rows.size() : 0);
+  for (size_t i = 0; i < picked_rows.size(); ++i) {
+    picked_source[i] = rows.row_index ? rows.row_index[picked_rows[i]] : picked_rows[i];
+    if (gates) picked_gates[i] = gates[picked_rows[i]];
+  }
+  for (int64_t e = 0; e < segments.num_experts(); ++e) {
+    const int64_t start = starts[e], depth = starts[e + 1] - start;
+    const Operand x_k = as_reduction(rows, picked_source.data() + start);
+    Operand grad_k = as_reduction(grad, picked_source.data() + start);
+    grad_k.row_scale = gates ? picked_gates.data() + start : nullptr;
+    grad_k.round_to_bf16 = weights.round;
+    const Operand hidden_k =
+        as_reduction(hidden_operand(hidden.pre, hidden.pre_gate, activation), picked_rows.data() + start);
+    const auto grad_pre_k = [&](const Tensor& matrix) {
+      return as_reduction(outer_rows(matrix), picked_rows.data() + start);
+    };
+    to_weights.push_back({hidden_k, grad_k, output_to(gradients.wo[e]), F, D, depth});
+    to_weights.push_back({x_k, grad_pre_k(grad_pre), output_to(gradients.wi[e]), D, F, depth});
+    if (geglu) to_weights.push_back({x_k, grad_pre_k(grad_pre_gate), output_to(gradients.wg[e]), D, F, depth});
+  }
+  run_products<T>(to_rows);
+  run_products<T>(to_rows_gate);
+  run_products<T>(to_weights);
+  zero_unused(gradients.rows, segments.used());
+  return gradients;
+}
+
+// expert_mlp ------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> expert_mlp_forward(const Tensor& rows_, const OptionalTensor& offsets,
+                                                      const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                                                      c10::string_view activation) {
+  const Tensor rows = rows_.contiguous();
+  const Segments segments("glam::expert_mlp", offsets, rows.size(0), wi.size(0));
+  const Weights weights(wi, wo, wg, rows.scalar_type());
+  const Tensor out = at::empty_like(rows);
+  const Hidden hidden = dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
+    return forward<decltype(zero)>(outer_rows(rows), rows, segments, weights, activation_of(activation), out);
+  });
+  return {out, hidden.pre, hidden.pre_gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& grad_, const Tensor& rows_,
+                                                               const OptionalTensor& offsets, const Tensor& pre,
+                                                               const Tensor& pre_gate, const Tensor& wi,
+                                                               const Tensor& wo, const OptionalTensor& wg,
+                                                               c10::string_view activation) {
+  const Tensor grad = grad_.contiguous(), rows = rows_.contiguous();
+  const Segments segments("glam::expert_mlp", offsets, rows.size(0), wi.size(0));
+  const Weights weights(wi, wo, wg, rows.scalar_type());
+  const Gradients gradients = dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    return backward<T>(outer_rows(grad), outer_rows(rows), segments, {pre.contiguous(), pre_gate.contiguous()},
+                       weights, activation_of(activation), nullptr, nullptr);
+  });
+  return {gradients.rows.to(rows.scalar_type()), gradients.wi, gradients.wo, gradients.wg};
+}
+
+// moe_mlp ---------------------------------------------------------------------------------------------------------
+
+// The plan's indices, checked: a bad one would read outside x or the rows.
+struct PlanView {
+  Tensor row_of_choice, choice_of_row;
+  int64_t num_tokens, num_choices, num_rows;
+
+  PlanView(const Tensor& row_of_choice_, const Tensor& choice_of_row_)
+      : row_of_choice(row_of_choice_.contiguous()), choice_of_row(choice_of_row_.contiguous()),
+        num_tokens(row_of_choice.size(0)), num_choices(row_of_choice.size(1)), num_rows(choice_of_row.size(0)) {
+    check_range("row_of_choice", row_of_choice, num_rows, "R");
+    check_range("choice_of_row", choice_of_row, num_tokens * num_choices, "T * K");
+  }
+  const int32_t* rows() const { return row_of_choice.const_data_ptr<int32_t>(); }
+  const int32_t* choices() const { return choice_of_row.const_data_ptr<int32_t>(); }
+  Operand gather(const Tensor& tokens) const {
+    Operand operand = outer_rows(tokens);
+    operand.row_index = choices();
+    operand.row_divisor = static_cast<int32_t>(num_choices);
+    return operand;
+  }
+
+ private:
+  static void check_range(const char* name, const Tensor& indices, int64_t end, const char* end_name) {
+    const auto* values = indices.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < indices.numel(); ++i) {
+      TORCH_CHECK(values[i] >= -1 && values[i] < end, "glam::moe_mlp: expected ", name, " in [-1, ", end_name, ") with ",
+                  end_name, " = ", end, ", got ", values[i]);
+    }
+  }
+};
+
+template <class T>
+void combine(const Tensor& rows, const PlanView& plan, const T* gates, const Tensor& y) {
+  const Output output = output_to(y);
+  at::parallel_for(0, plan.num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+    expert_functions<T>().combine(rows.const_data_ptr<T>(), y.size(1), plan.rows(), plan.num_choices, gates, begin, end,
+                                  output);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> moe_mlp_forward(const Tensor& x_, const Tensor& gates_, const Tensor& row_of_choice,
+                                                   const Tensor& choice_of_row, const Tensor& offsets,
+                                                   const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                                                   c10::string_view activation) {
+  const Tensor x = x_.contiguous(), gates = gates_.contiguous(), y = at::empty_like(x);
+  const PlanView plan(row_of_choice, choice_of_row);
+  const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
+  const Weights weights(wi, wo, wg, x.scalar_type());
+  const Tensor out =
+      at::empty({plan.num_rows, x.size(1)}, x.options().dtype(accumulation_dtype(x.scalar_type())));
+  const Hidden hidden = dispatch_accumulation(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Hidden result = forward<T>(plan.gather(x), x, segments, weights, activation_of(activation), out);
+    combine<T>(out, plan, gates.const_data_ptr<T>(), y);
+    return result;
+  });
+  return {y, hidden.pre, hidden.pre_gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
+    const Tensor& grad_, const Tensor& x_, const Tensor& gates_, const Tensor& row_of_choice,
+    const Tensor& choice_of_row, const Tensor& offsets, const Tensor& pre, const Tensor& pre_gate, const Tensor& wi,
+    const Tensor& wo, const OptionalTensor& wg, c10::string_view activation) {
+  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), gates = gates_.contiguous();
+  const PlanView plan(row_of_choice, choice_of_row);
+  const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
+  const Weights weights(wi, wo, wg, x.scalar_type());
+  const Tensor grad_x = at::empty_like(x), grad_gates = at::zeros_like(gates);
+  const Gradients gradients = dispatch_accumulation(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T> row_gates(plan.num_rows), row_grad_gates(plan.num_rows);
+    for (int64_t row = 0; row < plan.num_rows; ++row) {
+      const int32_t choice = plan.choices()[row];
+      row_gates[row] = choice < 0 ? T(0) : gates.const_data_ptr<T>()[choice];
+    }
+    Gradients result =
+        backward<T>(plan.gather(grad), plan.gather(x), segments, {pre.contiguous(), pre_gate.contiguous()}, weights,
+                    activation_of(activation), row_gates.data(), row_grad_gates.data());
+    for (int64_t row = 0; row < segments.used(); ++row) {
+      const int32_t choice = plan.choices()[row];
+      if (choice >= 0) grad_gates.mutable_data_ptr<T>()[choice] = row_grad_gates[row];
+    }
+    combine<T>(result.rows, plan, nullptr, grad_x);
+    return result;
+  });
+  return {grad_x, grad_gates, gradients.wi, gradients.wo, gradients.wg};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(glam, CPU, m) {
+  m.impl("_expert_mlp_forward", expert_mlp_forward);
+  m.impl("_expert_mlp_backward", expert_mlp_backward);
+  m.impl("_moe_mlp_forward", moe_mlp_forward);
+  m.impl("_moe_mlp_backward", moe_mlp_backward);
+}
+
+}  // namespace glam::cpu

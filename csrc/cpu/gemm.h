@@ -1,0 +1,51 @@
+// Matrix products over threads, on the product core of kernels/gemm.h.
+//
+// A list of independent products runs as one pool of (product, block) tasks, so that a product with many rows and many
+// products with few use all threads alike. Every element's bits are independent of the list, the blocks and the threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
+
+#include <vector>
+
+#include "cpu/kernels/gemm_table.h"
+
+namespace glam::cpu {
+
+// C[m, n] = sum over k of A[m, k] B[k, n]. Products of one list must not write the same element.
+struct Product {
+  Operand a;
+  Operand b;
+  Output c;
+  int64_t m = 0;
+  int64_t n = 0;
+  int64_t k = 0;
+};
+
+// Receives finished rows instead of storing them: rows [row, row + rows) of product `index`, all n columns, in
+// values[rows][stride], which it may overwrite.
+template <class T>
+using RowEpilogue = c10::function_ref<void(int64_t index, int64_t row, int64_t rows, T* values, int64_t stride)>;
+
+template <class T>
+void run_products(const std::vector<Product>& products);
+template <class T>
+void run_products(const std::vector<Product>& products, RowEpilogue<T> epilogue);
+
+Type type_of(const at::Tensor& tensor);
+
+// A 2-D tensor as an operand whose outer index is its rows (the A side) or its columns (the B side). A transposed view
+// costs nothing; the tensor must have unit stride in one dimension (see with_unit_stride).
+Operand outer_rows(const at::Tensor& matrix);
+Operand outer_columns(const at::Tensor& matrix);
+Output output_to(const at::Tensor& matrix, bool accumulate = false);
+at::Tensor with_unit_stride(const at::Tensor& matrix);
+
+// f(T{}) with T the accumulation type of `dtype`: double for float64, otherwise float.
+template <class F>
+auto dispatch_accumulation(at::ScalarType dtype, F&& f) {
+  return dtype == at::kDouble ? f(double{}) : f(float{});
+}
+
+}  // namespace glam::cpu

@@ -1,0 +1,77 @@
+#include "cpu/kernels/loss.h"
+
+#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/math.h"
+
+namespace glam::cpu::GLAM_ISA {
+namespace {
+
+// values <- logits; returns them for one row of the block.
+template <class T>
+T* to_logits(const LogitBlock<T>& block, int64_t i) {
+  T* const logits = block.values + i * block.stride;
+  for (int64_t j = 0; j < block.columns; ++j) logits[j] *= block.scale;
+  if (block.logit_cap > T(0)) {
+    for (int64_t j = 0; j < block.columns; ++j) logits[j] = block.logit_cap * tanh(logits[j] / block.logit_cap);
+  }
+  return logits;
+}
+
+template <class T>
+void accumulate(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit) {
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t token = block.row + i;
+    const T* const logits = to_logits(block, i);
+    T largest[kLanes];
+    for (int l = 0; l < kLanes; ++l) largest[l] = maximum[token];
+    int64_t j = 0;
+    for (; j + kLanes <= block.columns; j += kLanes) {
+      for (int l = 0; l < kLanes; ++l) largest[l] = logits[j + l] > largest[l] ? logits[j + l] : largest[l];
+    }
+    for (; j < block.columns; ++j) largest[0] = logits[j] > largest[0] ? logits[j] : largest[0];
+    for (int l = 1; l < kLanes; ++l) largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
+
+    LaneSums<T> exps, sums;
+    exps.add(block.columns, [&](int64_t c) { return exp(logits[c] - largest[0]); });
+    sums.add(block.columns, [&](int64_t c) { return logits[c]; });
+    // The first block has maximum = -inf and exp_sum = 0: exp(-inf) = 0 leaves nothing of them.
+    exp_sum[token] = exp_sum[token] * exp(maximum[token] - largest[0]) + exps.total();
+    maximum[token] = largest[0];
+    logit_sum[token] += sums.total();
+    const int64_t target = block.targets[token] - block.column;
+    if (target >= 0 && target < block.columns) target_logit[token] = logits[target];
+  }
+}
+
+template <class T>
+void differentiate(const LogitBlock<T>& block, const T* lse, const T* row_softmax, const T* row_target,
+                   const T* row_uniform) {
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t token = block.row + i;
+    T* const values = to_logits(block, i);
+    const T shift = lse[token], softmax = row_softmax[token], uniform = row_uniform[token];
+    const int64_t target = block.targets[token] - block.column;
+    const bool here = target >= 0 && target < block.columns;
+    const T target_cap = here && block.logit_cap > T(0) ? values[target] / block.logit_cap : T(0);
+    if (block.logit_cap > T(0)) {
+      for (int64_t j = 0; j < block.columns; ++j) {
+        const T capped = values[j] / block.logit_cap;
+        values[j] = (softmax * exp(values[j] - shift) - uniform) * (T(1) - capped * capped) * block.scale;
+      }
+    } else {
+      for (int64_t j = 0; j < block.columns; ++j) {
+        values[j] = (softmax * exp(values[j] - shift) - uniform) * block.scale;
+      }
+    }
+    if (here) values[target] -= row_target[token] * (T(1) - target_cap * target_cap) * block.scale;
+  }
+}
+
+}  // namespace
+
+extern const LossTable loss_table = {
+    {&accumulate<float>, &differentiate<float>},
+    {&accumulate<double>, &differentiate<double>},
+};
+
+}  // namespace glam::cpu::GLAM_ISA

@@ -1,0 +1,50 @@
+// The row-wise parts of the cross entropy over one block of logits: running statistics forward, logit gradients backward.
+#pragma once
+
+#include "cpu/kernels/operand.h"
+#include "cpu/kernels/per_isa.h"
+
+namespace glam::cpu {
+
+// values[rows][stride] holds <hidden[row + i], embedding[column + j]> for j < columns; it is overwritten.
+template <class T>
+struct LogitBlock {
+  T* values;
+  int64_t stride;
+  int64_t row;
+  int64_t rows;
+  int64_t column;  // in the whole vocabulary
+  int64_t columns;
+  T scale;
+  T logit_cap;  // 0: none
+  const int64_t* targets;  // [T]
+};
+
+template <class T>
+struct LossFunctions {
+  // Adds the block to the running maximum, sum of exp(logit - maximum) and sum of logits of its rows, each [T], and
+  // notes the target's logit if it lies in the block.
+  void (*accumulate)(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit);
+  // values <- d loss / d (the product), given d loss / d nll-like factors per token:
+  //   row_softmax[t] * exp(logit - lse[t]) - row_target[t] [v = target] - row_uniform[t].
+  void (*differentiate)(const LogitBlock<T>& block, const T* lse, const T* row_softmax, const T* row_target,
+                        const T* row_uniform);
+};
+
+struct LossTable {
+  LossFunctions<float> f32;
+  LossFunctions<double> f64;
+};
+
+GLAM_PER_ISA_TABLE(LossTable, loss_table)
+
+template <class T>
+const LossFunctions<T>& loss_functions() {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return active_loss_table().f64;
+  } else {
+    return active_loss_table().f32;
+  }
+}
+
+}  // namespace glam::cpu

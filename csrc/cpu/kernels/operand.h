@@ -1,0 +1,46 @@
+// The matrices of a product as the packing code sees them: rows of contiguous values that may be gathered, activated,
+// scaled and rounded on the way in, so that none of these steps needs a tensor of its own.
+//
+// C[i, j] = sum over k of A[i, k] * B[k, j]. An operand's rows are either its outer index (i of A, j of B) or k.
+#pragma once
+
+#include <cstdint>
+
+namespace glam::cpu {
+
+enum class Type : int32_t { f64, f32, bf16 };
+
+// geglu: gelu(gate) * value, where `gate` is a second matrix of the same type and stride. GELU is its tanh form.
+enum class Transform : int32_t { none, relu, gelu, geglu };
+
+struct Operand {
+  const void* data = nullptr;
+  Type type = Type::f32;
+  int64_t row_stride = 0;  // in elements
+  bool rows_are_k = false;
+  // Row r of the operand is row row_index[r] / row_divisor of the data; a negative index is a row of zeros.
+  const int32_t* row_index = nullptr;
+  int32_t row_divisor = 1;
+  Transform transform = Transform::none;
+  const void* gate = nullptr;
+  const void* row_scale = nullptr;  // of the accumulation type, one per operand row
+  bool round_to_bf16 = false;       // after transform and scale: the precision in which the product is defined
+};
+
+struct Output {
+  void* data = nullptr;
+  Type type = Type::f32;
+  int64_t row_stride = 0;
+  bool accumulate = false;  // add to what is there
+};
+
+inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+inline const void* advance(const void* data, Type type, int64_t elements) {
+  return static_cast<const char*>(data) + elements * size_of(type);
+}
+inline void* advance(void* data, Type type, int64_t elements) {
+  return static_cast<char*>(data) + elements * size_of(type);
+}
+
+}  // namespace glam::cpu

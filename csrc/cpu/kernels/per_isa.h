@@ -1,0 +1,55 @@
+// How a kernel file is compiled for several instruction sets and chosen at run time.
+//
+// Every file of this folder is compiled once per set with GLAM_ISA = baseline, avx2 or avx512 and puts everything into
+// namespace glam::cpu::GLAM_ISA. It exports one constant table of function pointers; the torch side asks for the table
+// of the set in use. No torch header here: an inline function of torch compiled for a wide set could be the copy that
+// the linker keeps.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/isa.h"
+
+namespace glam::cpu {
+
+template <class Table>
+const Table& pick(const Table* baseline, [[maybe_unused]] const std::type_identity_t<Table>* avx2,
+                  [[maybe_unused]] const std::type_identity_t<Table>* avx512) {
+  switch (active_isa()) {
+    case Isa::avx512:
+      return *avx512;
+    case Isa::avx2:
+      return *avx2;
+    default:
+      return *baseline;
+  }
+}
+
+}  // namespace glam::cpu
+
+#ifdef GLAM_HAVE_AVX2
+#define GLAM_AVX2_TABLE(name) &avx2::name
+#else
+#define GLAM_AVX2_TABLE(name) nullptr
+#endif
+#ifdef GLAM_HAVE_AVX512
+#define GLAM_AVX512_TABLE(name) &avx512::name
+#else
+#define GLAM_AVX512_TABLE(name) nullptr
+#endif
+
+// Inside namespace glam::cpu: declares the tables baseline::name, avx2::name, avx512::name and the accessor
+// active_name(), which costs a load and a compare.
+#define GLAM_PER_ISA_TABLE(Table, name)                                           \
+  namespace baseline {                                                            \
+  extern const Table name;                                                        \
+  }                                                                               \
+  namespace avx2 {                                                                \
+  extern const Table name;                                                        \
+  }                                                                               \
+  namespace avx512 {                                                              \
+  extern const Table name;                                                        \
+  }                                                                               \
+  inline const Table& active_##name() {                                           \
+    return pick(&baseline::name, GLAM_AVX2_TABLE(name), GLAM_AVX512_TABLE(name)); \
+  }

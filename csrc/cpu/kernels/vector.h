@@ -1,0 +1,76 @@
+// The register-wide vector of the instruction set this file is compiled for, by GCC's vector extension, and the
+// conversions between storage types and the accumulation type (float, or double for float64).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels/operand.h"
+
+namespace glam::cpu::GLAM_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
+  using type __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias)) = T;
+};
+
+inline float bf16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// Round to nearest even; a NaN stays a quiet NaN.
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+template <class T>
+inline T round_to_bf16(T value) {
+  return static_cast<T>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
+}
+
+// count contiguous values of `type` at `data` as T; the loops vectorise.
+template <class T>
+inline void load_values(const void* data, Type type, int64_t count, T* out) {
+  if (type == Type::f32) {
+    const auto* in = static_cast<const float*>(data);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(in[i]);
+  } else if (type == Type::bf16) {
+    const auto* in = static_cast<const uint16_t*>(data);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(bf16_to_float(in[i]));
+  } else {
+    const auto* in = static_cast<const double*>(data);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(in[i]);
+  }
+}
+
+template <class T>
+inline void store_values(const T* in, int64_t count, void* data, Type type) {
+  if (type == Type::f32) {
+    auto* out = static_cast<float*>(data);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
+  } else if (type == Type::bf16) {
+    auto* out = static_cast<uint16_t*>(data);
+    for (int64_t i = 0; i < count; ++i) out[i] = float_to_bf16(static_cast<float>(in[i]));
+  } else {
+    auto* out = static_cast<double*>(data);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(in[i]);
+  }
+}
+
+}  // namespace glam::cpu::GLAM_ISA

@@ -1,0 +1,29 @@
+// Argument checks that an op's Autograd, Meta and device kernels share, one per op and named after it. Each raises
+// `glam::op: expected ..., got ...`. Defined in the op's own file.
+#pragma once
+
+#include "ops/common.h"
+
+namespace glam::checks {
+
+void linear(const Tensor& x, const Tensor& weight);
+// The three tensors of a routing plan for num_tokens tokens.
+void plan(const char* op, const Tensor& row_of_choice, const Tensor& choice_of_row, const Tensor& offsets,
+          const SymInt& num_tokens);
+void expert_mlp(const char* op, const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                const OptionalTensor& wg, c10::string_view activation);
+void moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
+             const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+             c10::string_view activation);
+void rms_norm(const Tensor& x, const Tensor& scale);
+void embedding(const Tensor& ids, const Tensor& table);
+void relative_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+                        double logit_cap);
+void segment_ids(const Tensor& segment_ids, const Tensor& q);
+void relative_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                             const Tensor& v_cache, const Tensor& positions, const Tensor& bias, double logit_cap);
+void reorder_cache(const Tensor& cache, const Tensor& beams);
+void sample_logits(const Tensor& logits, const Tensor& uniform, double temperature, int64_t top_k, double top_p);
+void counter_uniform(const Tensor& index);
+
+}  // namespace glam::checks

@@ -1,0 +1,287 @@
+// Expert feed-forward networks: expert_mlp, moe_mlp and geglu_mlp, three faces of one computation.
+//
+//   out[r] = act(rows[r] Wi[e]) Wo[e], or (gelu(rows[r] Wg[e]) * (rows[r] Wi[e])) Wo[e] for geglu,
+//
+// where e is the expert of the segment that holds row r. Letters: R rows, D model dim, F hidden dim, E experts held,
+// T tokens, K choices. Segment s = rows [offsets[s], offsets[s + 1]) and uses expert s mod E, so rows received from
+// several ranks, ordered (source rank, expert), are used as they come. Rows from offsets[last] on are unused: 0.
+// moe_mlp is dispatch, expert_mlp and combine in one: rows are gathered while they are multiplied, and only x, the
+// pre-activations and the plan are saved. geglu_mlp is the dense GLaM layer: one expert that has all rows.
+//
+// Weights are float32 or x's dtype and are rounded to x's dtype where they enter a product; sums are float32 (float64
+// for float64). Sources: GShard (arXiv 2006.16668) section 3.2; GLaM (arXiv 2112.06905) section 3; GEGLU from
+// arXiv 2002.05202.
+
+#include <ATen/ops/empty.h>
+
+#include "ops/checks.h"
+
+namespace glam {
+namespace {
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using MoeBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+using ExpertForward = ForwardResult(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                    const OptionalTensor&, c10::string_view);
+using ExpertBackward = BackwardResult(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                      c10::string_view);
+using MoeForward = ForwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
+using MoeBackward = MoeBackwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                      const OptionalTensor&, c10::string_view);
+
+const auto& expert_forward_op() {
+  static const auto op = find_op<ExpertForward>("glam::_expert_mlp_forward");
+  return op;
+}
+const auto& expert_backward_op() {
+  static const auto op = find_op<ExpertBackward>("glam::_expert_mlp_backward");
+  return op;
+}
+const auto& moe_forward_op() {
+  static const auto op = find_op<MoeForward>("glam::_moe_mlp_forward");
+  return op;
+}
+const auto& moe_backward_op() {
+  static const auto op = find_op<MoeBackward>("glam::_moe_mlp_backward");
+  return op;
+}
+
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+Tensor if_needed(bool needed, const Tensor& gradient) { return needed ? gradient : Tensor(); }
+
+struct ExpertFunction : torch::autograd::Function<ExpertFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,
+                        const Tensor& wo, const OptionalTensor& wg, std::string activation) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [out, pre, pre_gate] = expert_forward_op().call(rows, offsets, wi, wo, wg, activation);
+    ctx->save_for_backward({rows, or_undefined(offsets), pre, pre_gate, wi, wo, or_undefined(wg)});
+    ctx->saved_data["activation"] = std::move(activation);
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto [grad_rows, grad_wi, grad_wo, grad_wg] =
+        expert_backward_op().call(grads[0], saved[0], optional(saved[1]), saved[2], saved[3], saved[4], saved[5],
+                                  optional(saved[6]), ctx->saved_data["activation"].toStringRef());
+    return {if_needed(ctx->needs_input_grad(0), grad_rows), Tensor(), if_needed(ctx->needs_input_grad(2), grad_wi),
+            if_needed(ctx->needs_input_grad(3), grad_wo), if_needed(saved[6].defined(), grad_wg), Tensor()};
+  }
+};
+
+struct MoeFunction : torch::autograd::Function<MoeFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& gates, const Tensor& row_of_choice,
+                        const Tensor& choice_of_row, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                        const OptionalTensor& wg, std::string activation) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [y, pre, pre_gate] =
+        moe_forward_op().call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
+    ctx->save_for_backward(
+        {x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo, or_undefined(wg)});
+    ctx->saved_data["activation"] = std::move(activation);
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto [grad_x, grad_gates, grad_wi, grad_wo, grad_wg] = moe_backward_op().call(
+        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8],
+        optional(saved[9]), ctx->saved_data["activation"].toStringRef());
+    return {if_needed(ctx->needs_input_grad(0), grad_x),  if_needed(ctx->needs_input_grad(1), grad_gates),
+            Tensor(), Tensor(), Tensor(),
+            if_needed(ctx->needs_input_grad(5), grad_wi), if_needed(ctx->needs_input_grad(6), grad_wo),
+            if_needed(saved[9].defined(), grad_wg),       Tensor()};
+  }
+};
+
+Tensor expert_mlp_autograd(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                           const OptionalTensor& wg, c10::string_view activation) {
+  checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
+  return ExpertFunction::apply(rows, OptionalTensor(offsets), wi, wo, wg, std::string(activation));
+}
+Tensor expert_mlp_below_autograd(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                                 const OptionalTensor& wg, c10::string_view activation) {
+  checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
+  return std::get<0>(expert_forward_op().call(rows, offsets, wi, wo, wg, activation));
+}
+
+Tensor moe_mlp_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
+                        const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                        c10::string_view activation) {
+  checks::moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
+  return MoeFunction::apply(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, std::string(activation));
+}
+Tensor moe_mlp_below_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice,
+                              const Tensor& choice_of_row, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                              const OptionalTensor& wg, c10::string_view activation) {
+  checks::moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
+  return std::get<0>(
+      moe_forward_op().call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation));
+}
+
+// One expert that has all rows; the views keep the weights' gradients whole.
+Tensor geglu_mlp_with(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo, auto&& run) {
+  constexpr auto op = "glam::geglu_mlp";
+  check_floating(op, "x", x);
+  TORCH_CHECK(x.dim() >= 1, op, ": expected x to be [..., D] with at least 1 dimension, got a scalar");
+  const SymInt D = x.sym_size(-1);
+  check_shape(op, "w0", w0, "[D, F]", {D, -1});
+  check_shape(op, "w1", w1, "[D, F]", {D, w0.sym_size(1)});
+  check_shape(op, "wo", wo, "[F, D]", {w0.sym_size(1), D});
+  for (const auto& [name, weight] : {std::pair{"w0", w0}, {"w1", w1}, {"wo", wo}}) {
+    check_weight_dtype(op, name, weight, x);
+    check_same_device(op, weight, x);
+  }
+  SymInt num_rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) num_rows = num_rows * x.sym_size(i);
+  const Tensor out = run(x.reshape_symint({num_rows, D}), w1.unsqueeze(0), wo.unsqueeze(0), w0.unsqueeze(0));
+  return out.view_symint(x.sym_sizes());
+}
+
+Tensor geglu_mlp_autograd(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo) {
+  return geglu_mlp_with(x, w0, w1, wo, [](const Tensor& rows, const Tensor& wi, const Tensor& wo_, const Tensor& wg) {
+    return ExpertFunction::apply(rows, OptionalTensor(), wi, wo_, OptionalTensor(wg), std::string("geglu"));
+  });
+}
+Tensor geglu_mlp_below_autograd(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo) {
+  return geglu_mlp_with(x, w0, w1, wo, [](const Tensor& rows, const Tensor& wi, const Tensor& wo_, const Tensor& wg) {
+    return std::get<0>(expert_forward_op().call(rows, std::nullopt, wi, wo_, wg, "geglu"));
+  });
+}
+
+// Meta ------------------------------------------------------------------------------------------------------------
+
+Tensor pre_gate_meta(const Tensor& pre, const OptionalTensor& wg) {
+  return wg ? at::empty_symint(pre.sym_sizes(), pre.options()) : at::empty_symint({0}, pre.options());
+}
+Tensor like(const Tensor& tensor) { return at::empty_symint(tensor.sym_sizes(), tensor.options()); }
+Tensor like_or_empty(const OptionalTensor& tensor, const Tensor& x) {
+  return tensor ? like(*tensor) : at::empty_symint({0}, x.options());
+}
+
+ForwardResult expert_forward_meta(const Tensor& rows, const OptionalTensor&, const Tensor& wi, const Tensor&,
+                                  const OptionalTensor& wg, c10::string_view) {
+  const Tensor pre = at::empty_symint({rows.sym_size(0), wi.sym_size(2)}, rows.options());
+  return {like(rows), pre, pre_gate_meta(pre, wg)};
+}
+BackwardResult expert_backward_meta(const Tensor&, const Tensor& rows, const OptionalTensor&, const Tensor&,
+                                    const Tensor&, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                                    c10::string_view) {
+  return {like(rows), like(wi), like(wo), like_or_empty(wg, rows)};
+}
+ForwardResult moe_forward_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor& choice_of_row,
+                               const Tensor&, const Tensor& wi, const Tensor&, const OptionalTensor& wg,
+                               c10::string_view) {
+  const Tensor pre = at::empty_symint({choice_of_row.sym_size(0), wi.sym_size(2)}, x.options());
+  return {like(x), pre, pre_gate_meta(pre, wg)};
+}
+MoeBackwardResult moe_backward_meta(const Tensor&, const Tensor& x, const Tensor& gates, const Tensor&, const Tensor&,
+                                    const Tensor&, const Tensor&, const Tensor&, const Tensor& wi, const Tensor& wo,
+                                    const OptionalTensor& wg, c10::string_view) {
+  return {like(x), like(gates), like(wi), like(wo), like_or_empty(wg, x)};
+}
+
+}  // namespace
+
+void checks::plan(const char* op, const Tensor& row_of_choice, const Tensor& choice_of_row, const Tensor& offsets,
+                  const SymInt& num_tokens) {
+  check_dtype(op, "row_of_choice", row_of_choice, at::kInt);
+  check_dtype(op, "choice_of_row", choice_of_row, at::kInt);
+  check_dtype(op, "offsets", offsets, at::kInt);
+  check_shape(op, "row_of_choice", row_of_choice, "[T, K]", {num_tokens, -1});
+  check_dim(op, "choice_of_row", choice_of_row, "[R]", 1);
+  check_dim(op, "offsets", offsets, "[E + 1]", 1);
+}
+
+void checks::expert_mlp(const char* op, const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                        const OptionalTensor& wg, c10::string_view activation) {
+  check_floating(op, "rows", rows);
+  check_dim(op, "rows", rows, "[R, D]", 2);
+  check_dim(op, "wi", wi, "[E, D, F]", 3);
+  const SymInt E = wi.sym_size(0), D = rows.sym_size(1), F = wi.sym_size(2);
+  check_shape(op, "wi", wi, "[E, D, F]", {E, D, F});
+  check_shape(op, "wo", wo, "[E, F, D]", {E, F, D});
+  check_weight_dtype(op, "wi", wi, rows);
+  check_weight_dtype(op, "wo", wo, rows);
+  check_same_device(op, wi, rows);
+  check_same_device(op, wo, rows);
+  TORCH_CHECK(activation == "relu" || activation == "gelu" || activation == "geglu", op,
+              ": expected activation to be relu, gelu or geglu, got ", activation);
+  TORCH_CHECK(wg.has_value() == (activation == "geglu"), op, ": expected wg ",
+              activation == "geglu" ? "with geglu, got none" : "only with geglu, got it with ", activation);
+  if (wg) {
+    check_shape(op, "wg", *wg, "[E, D, F]", {E, D, F});
+    check_weight_dtype(op, "wg", *wg, rows);
+    check_same_device(op, *wg, rows);
+  }
+  check_dtype(op, "offsets", offsets, at::kInt);
+  check_dim(op, "offsets", offsets, "[S + 1]", 1);
+  check_same_device(op, offsets, rows);
+  TORCH_SYM_CHECK(E.sym_ge(1), op, ": expected at least one expert, got wi with ", E);
+  TORCH_SYM_CHECK(((offsets.sym_size(0) - 1) % E).sym_eq(0), op,
+                  ": expected offsets to be [S + 1] with S a multiple of the ", E, " experts, got S = ",
+                  offsets.sym_size(0) - 1);
+}
+
+void checks::moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
+                     const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                     c10::string_view activation) {
+  constexpr auto op = "glam::moe_mlp";
+  check_floating(op, "x", x);
+  check_dim(op, "x", x, "[T, D]", 2);
+  plan(op, row_of_choice, choice_of_row, offsets, x.sym_size(0));
+  check_shape(op, "gates", gates, "[T, K]", {x.sym_size(0), row_of_choice.sym_size(1)});
+  check_dtype(op, "gates", gates, accumulation_dtype(x.scalar_type()));
+  expert_mlp(op, x, offsets, wi, wo, wg, activation);
+}
+
+TORCH_LIBRARY_FRAGMENT(glam, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("expert_mlp(Tensor rows, Tensor offsets, Tensor wi, Tensor wo, Tensor? wg, str activation) -> Tensor", tags);
+  m.def("moe_mlp(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, Tensor wi, "
+        "Tensor wo, Tensor? wg, str activation) -> Tensor", tags);
+  m.def("geglu_mlp(Tensor x, Tensor w0, Tensor w1, Tensor wo) -> Tensor", tags);
+  // offsets none: one segment with all rows. pre_gate and the gradient of wg are empty without wg.
+  m.def("_expert_mlp_forward(Tensor rows, Tensor? offsets, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
+        "(Tensor out, Tensor pre, Tensor pre_gate)", tags);
+  m.def("_expert_mlp_backward(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, "
+        "Tensor wo, Tensor? wg, str activation) -> (Tensor rows, Tensor wi, Tensor wo, Tensor wg)", tags);
+  m.def("_moe_mlp_forward(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, "
+        "Tensor wi, Tensor wo, Tensor? wg, str activation) -> (Tensor y, Tensor pre, Tensor pre_gate)", tags);
+  m.def("_moe_mlp_backward(Tensor grad, Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, "
+        "Tensor offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
+        "(Tensor x, Tensor gates, Tensor wi, Tensor wo, Tensor wg)", tags);
+}
+TORCH_LIBRARY_IMPL(glam, Autograd, m) {
+  m.impl("expert_mlp", expert_mlp_autograd);
+  m.impl("moe_mlp", moe_mlp_autograd);
+  m.impl("geglu_mlp", geglu_mlp_autograd);
+  for (const char* name :
+       {"_expert_mlp_forward", "_expert_mlp_backward", "_moe_mlp_forward", "_moe_mlp_backward"}) {
+    m.impl(name, refuse_double_backward());
+  }
+}
+TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) {
+  m.impl("expert_mlp", expert_mlp_below_autograd);
+  m.impl("moe_mlp", moe_mlp_below_autograd);
+  m.impl("geglu_mlp", geglu_mlp_below_autograd);
+}
+TORCH_LIBRARY_IMPL(glam, Meta, m) {
+  m.impl("_expert_mlp_forward", expert_forward_meta);
+  m.impl("_expert_mlp_backward", expert_backward_meta);
+  m.impl("_moe_mlp_forward", moe_forward_meta);
+  m.impl("_moe_mlp_backward", moe_backward_meta);
+}
+namespace {
+void register_autocast(torch::Library& m) {
+  for (const char* name : {"expert_mlp", "moe_mlp", "geglu_mlp"}) m.impl(name, autocast_leading_arguments<1>());
+}
+}  // namespace
+TORCH_LIBRARY_IMPL(glam, AutocastCPU, m) { register_autocast(m); }
+TORCH_LIBRARY_IMPL(glam, AutocastCUDA, m) { register_autocast(m); }
+
+}  // namespace glam

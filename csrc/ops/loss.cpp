@@ -1,0 +1,195 @@
+// Cross entropy of a linear output layer, without the logits: a block of them exists at a time, never [T, V].
+//
+//   logit[t, v] = cap(scale * <hidden[t], embedding[v]>),  cap(l) = c tanh(l / c) for logit_cap c > 0, else l
+//   lse[t] = log sum_v exp(logit[t, v]),  nll[t] = lse[t] - logit[t, target[t]]
+//   loss_sum = sum_t weights[t] * ((1 - s) nll[t] + s * (lse[t] - mean_v logit[t, v]) + z_loss * lse[t]^2)
+//
+// with s the label smoothing. Letters: T tokens, D model dim, V vocabulary. hidden [T, D]; embedding [V, D] float32 or
+// hidden's dtype; targets int64 [T]; weights [T]; results float32 (float64 for float64). A vocabulary split over the
+// ranks of `group` passes its first row as vocab_start: the statistics, then the gradient of hidden, are summed over the
+// group. Only loss_sum is differentiable.
+// Sources: softmax z-loss of lingvo's gshard_builder.py and praxis' embedding_softmax.py; label smoothing spreads s
+// evenly over the vocabulary as in arXiv 1512.00567.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/log.h>
+
+#include "ops/checks.h"
+#include "ops/collectives.h"
+
+namespace glam {
+namespace {
+
+constexpr auto kOp = "glam::linear_cross_entropy";
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using LossSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, double,
+                             double, double, SymInt, c10::string_view);
+using StatisticsSignature = Triple(const Tensor&, const Tensor&, const Tensor&, double, double, SymInt);
+using SumSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                double, double, SymInt);
+using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                     const Tensor&, const Tensor&, const Tensor&,
+                                                     const OptionalTensor&, const Tensor&, double, double, double,
+                                                     double, SymInt, SymInt);
+
+const auto& statistics_op() {
+  static const auto op = find_op<StatisticsSignature>("glam::_vocabulary_statistics");
+  return op;
+}
+const auto& sum_op() {
+  static const auto op = find_op<SumSignature>("glam::_cross_entropy_sum");
+  return op;
+}
+const auto& backward_op() {
+  static const auto op = find_op<BackwardSignature>("glam::_linear_cross_entropy_backward");
+  return op;
+}
+
+struct Options {
+  double scale, z_loss, label_smoothing, logit_cap;
+  SymInt vocab_start;
+  std::string group;
+};
+
+void check(const Tensor& hidden, const Tensor& embedding, const Tensor& targets, const OptionalTensor& weights,
+           const Options& options) {
+  check_floating(kOp, "hidden", hidden);
+  check_dim(kOp, "hidden", hidden, "[T, D]", 2);
+  check_shape(kOp, "embedding", embedding, "[V, D]", {-1, hidden.sym_size(1)});
+  check_weight_dtype(kOp, "embedding", embedding, hidden);
+  check_dtype(kOp, "targets", targets, at::kLong);
+  check_shape(kOp, "targets", targets, "[T]", {hidden.sym_size(0)});
+  check_same_device(kOp, embedding, hidden);
+  check_same_device(kOp, targets, hidden);
+  if (weights) {
+    check_dtype(kOp, "weights", *weights, accumulation_dtype(hidden.scalar_type()));
+    check_shape(kOp, "weights", *weights, "[T]", {hidden.sym_size(0)});
+    check_same_device(kOp, *weights, hidden);
+  }
+  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing < 1, kOp,
+              ": expected label_smoothing in [0, 1), got ", options.label_smoothing);
+  TORCH_CHECK(options.logit_cap >= 0, kOp, ": expected logit_cap >= 0 (0: none), got ", options.logit_cap);
+}
+
+struct Forward {
+  Tensor loss_sum, nll, lse;
+};
+
+Forward compute(const Tensor& hidden, const Tensor& embedding, const Tensor& targets, const OptionalTensor& weights,
+                const Options& options) {
+  auto [lse, target_logit, logit_sum] = statistics_op().call(hidden, embedding, targets, options.scale,
+                                                             options.logit_cap, options.vocab_start);
+  if (!options.group.empty()) {
+    const Tensor largest = collectives::all_reduce(lse, "max", options.group);
+    lse = at::log(collectives::all_reduce(at::exp(lse.sub(largest)), "sum", options.group)).add(largest);
+    target_logit = collectives::all_reduce(target_logit, "sum", options.group);
+    logit_sum = collectives::all_reduce(logit_sum, "sum", options.group);
+  }
+  const SymInt vocabulary = embedding.sym_size(0) * collectives::group_size(options.group);
+  auto [loss_sum, nll] =
+      sum_op().call(lse, target_logit, logit_sum, weights, options.z_loss, options.label_smoothing, vocabulary);
+  return {loss_sum, nll, lse};
+}
+
+struct LossFunction : torch::autograd::Function<LossFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& embedding,
+                               const Tensor& targets, const OptionalTensor& weights, const Options& options) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Forward result = compute(hidden, embedding, targets, weights, options);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({hidden, embedding, targets, weights.value_or(Tensor()), result.lse});
+    ctx->saved_data["scale"] = options.scale;
+    ctx->saved_data["z_loss"] = options.z_loss;
+    ctx->saved_data["label_smoothing"] = options.label_smoothing;
+    ctx->saved_data["logit_cap"] = options.logit_cap;
+    ctx->saved_data["vocab_start"] = options.vocab_start;
+    ctx->saved_data["group"] = options.group;
+    return {result.loss_sum, result.nll, result.lse};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const std::string group = data["group"].toStringRef();
+    const Tensor grad_loss = grads[0].defined() ? grads[0] : saved[4].new_zeros({});
+    auto [grad_hidden, grad_embedding] = backward_op().call(
+        grad_loss, optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], optional(saved[3]), saved[4],
+        data["scale"].toDouble(), data["z_loss"].toDouble(), data["label_smoothing"].toDouble(),
+        data["logit_cap"].toDouble(), data["vocab_start"].toSymInt(),
+        saved[1].sym_size(0) * collectives::group_size(group));
+    if (!group.empty()) grad_hidden = collectives::all_reduce(grad_hidden, "sum", group);
+    return {ctx->needs_input_grad(0) ? grad_hidden : Tensor(), ctx->needs_input_grad(1) ? grad_embedding : Tensor(),
+            Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Triple loss_autograd(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
+                     const OptionalTensor& weights, double scale, double z_loss, double label_smoothing,
+                     double logit_cap, SymInt vocab_start, c10::string_view group) {
+  const Options options{scale, z_loss, label_smoothing, logit_cap, std::move(vocab_start), std::string(group)};
+  check(hidden, embedding, targets, weights, options);
+  const auto outputs = LossFunction::apply(hidden, embedding, targets, weights, options);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+Triple loss_below_autograd(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
+                           const OptionalTensor& weights, double scale, double z_loss, double label_smoothing,
+                           double logit_cap, SymInt vocab_start, c10::string_view group) {
+  const Options options{scale, z_loss, label_smoothing, logit_cap, std::move(vocab_start), std::string(group)};
+  check(hidden, embedding, targets, weights, options);
+  const Forward result = compute(hidden, embedding, targets, weights, options);
+  return {result.loss_sum, result.nll, result.lse};
+}
+
+Tensor per_token(const Tensor& hidden) {
+  return at::empty_symint({hidden.sym_size(0)}, hidden.options().dtype(accumulation_dtype(hidden.scalar_type())));
+}
+Triple statistics_meta(const Tensor& hidden, const Tensor&, const Tensor&, double, double, SymInt) {
+  return {per_token(hidden), per_token(hidden), per_token(hidden)};
+}
+std::tuple<Tensor, Tensor> sum_meta(const Tensor& lse, const Tensor&, const Tensor&, const OptionalTensor&, double,
+                                    double, SymInt) {
+  return {at::empty({}, lse.options()), at::empty_symint(lse.sym_sizes(), lse.options())};
+}
+std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                         const Tensor& hidden, const Tensor& embedding, const Tensor&,
+                                         const OptionalTensor&, const Tensor&, double, double, double, double,
+                                         SymInt, SymInt) {
+  return {at::empty_symint(hidden.sym_sizes(), hidden.options()),
+          at::empty_symint(embedding.sym_sizes(), embedding.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(glam, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("linear_cross_entropy(Tensor hidden, Tensor embedding, Tensor targets, Tensor? weights, float scale=1., "
+        "float z_loss=0., float label_smoothing=0., float logit_cap=0., SymInt vocab_start=0, str group=\"\") -> "
+        "(Tensor loss_sum, Tensor nll, Tensor lse)", tags);
+  // Over the vocabulary rows held here; target_logit is 0 where the target is held elsewhere.
+  m.def("_vocabulary_statistics(Tensor hidden, Tensor embedding, Tensor targets, float scale, float logit_cap, "
+        "SymInt vocab_start) -> (Tensor lse, Tensor target_logit, Tensor logit_sum)", tags);
+  m.def("_cross_entropy_sum(Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor? weights, float z_loss, "
+        "float label_smoothing, SymInt vocabulary) -> (Tensor loss_sum, Tensor nll)", tags);
+  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor hidden, "
+        "Tensor embedding, Tensor targets, Tensor? weights, Tensor lse, float scale, float z_loss, "
+        "float label_smoothing, float logit_cap, SymInt vocab_start, SymInt vocabulary) -> "
+        "(Tensor hidden, Tensor embedding)", tags);
+}
+TORCH_LIBRARY_IMPL(glam, Autograd, m) {
+  m.impl("linear_cross_entropy", loss_autograd);
+  for (const char* name : {"_vocabulary_statistics", "_cross_entropy_sum", "_linear_cross_entropy_backward"}) {
+    m.impl(name, refuse_double_backward());
+  }
+}
+TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", loss_below_autograd); }
+TORCH_LIBRARY_IMPL(glam, Meta, m) {
+  m.impl("_vocabulary_statistics", statistics_meta);
+  m.impl("_cross_entropy_sum", sum_meta);
+  m.impl("_linear_cross_entropy_backward", backward_meta);
+}
+TORCH_LIBRARY_IMPL(glam, AutocastCPU, m) { m.impl("linear_cross_entropy", autocast_leading_arguments<1>()); }
+TORCH_LIBRARY_IMPL(glam, AutocastCUDA, m) { m.impl("linear_cross_entropy", autocast_leading_arguments<1>()); }
+
+}  // namespace glam

@@ -1,0 +1,37 @@
+// Two small ops of the model's wiring.
+//
+// to_compute_dtype(x, dtype): x in "bfloat16" or "float32"; float64 stays, so that a model in float64 computes everything
+// in float64.
+// router_statistics(expert_ids, positions, num_experts) -> int64 [E + 6]: rows of each expert, then first choices over
+// capacity, second choices over capacity, tokens with 0, 1 and 2 rows, real tokens. Counts, so they add up over
+// micro-batches and ranks. Source of the set: praxis gshard_utils.py's over-capacity and dispatch counters.
+
+#include <ATen/ops/empty.h>
+
+#include "ops/common.h"
+
+namespace glam {
+namespace {
+
+Tensor to_compute_dtype(const Tensor& x, c10::string_view name) {
+  TORCH_CHECK(name == "bfloat16" || name == "float32",
+              "glam::to_compute_dtype: expected dtype to be bfloat16 or float32, got ", name);
+  if (x.scalar_type() == at::kDouble) return x;
+  return x.to(name == "bfloat16" ? at::kBFloat16 : at::kFloat);
+}
+
+Tensor router_statistics_meta(const Tensor& expert_ids, const Tensor&, SymInt num_experts) {
+  return at::empty_symint({num_experts + 6}, expert_ids.options().dtype(at::kLong));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(glam, m) {
+  m.def("to_compute_dtype(Tensor x, str dtype) -> Tensor", to_compute_dtype);
+  m.def("router_statistics(Tensor expert_ids, Tensor positions, SymInt num_experts) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(glam, Autograd, m) { m.impl("router_statistics", not_differentiable()); }
+TORCH_LIBRARY_IMPL(glam, Meta, m) { m.impl("router_statistics", router_statistics_meta); }
+
+}  // namespace glam
