@@ -1,4 +1,4 @@
-"""A disk of one mebibyte, where the system lets a test mount one."""
+"""The two readers, and a disk of one mebibyte where the system lets a test mount one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.checkpoint.helpers import READERS, Reader
+
+
+@pytest.fixture(params=list(READERS))
+def read(request: pytest.FixtureRequest) -> Reader:
+    return READERS[request.param]
 
 
 @pytest.fixture

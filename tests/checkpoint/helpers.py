@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def load_in_cpp(path: Path, hashes: bool = True) -> tuple[dict[str, Any], list[s
     return content, facts["warnings"]
 
 
-READERS = {"python": load_in_python, "cpp": load_in_cpp}
+Reader = Callable[..., tuple[dict[str, Any], list[str]]]
+READERS: dict[str, Reader] = {"python": load_in_python, "cpp": load_in_cpp}
 
 
 def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -69,3 +71,20 @@ def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def flip_bit(file: Path, byte: int, bit: int = 0) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def rewrite_manifest(folder: Path, **changes: object) -> None:
+    files = [path for path in sorted(folder.iterdir()) if path.name not in ("manifest.json", "COMPLETE")]
+    entries = [{"file": p.name, "size": p.stat().st_size, "sha256": _C.sha256(p.read_bytes())} for p in files]
+    manifest = {"format": "glam-checkpoint", "version": 1, "files": entries, **changes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

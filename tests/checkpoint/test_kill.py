@@ -119,8 +119,8 @@ def run_suicide(root: Path, fatal: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", SUICIDE, root, str(fatal)], capture_output=True, text=True)
 
 
-# Five files, the folder, the rename, the parent: eight calls. The ninth makes the marker, the tenth and eleventh sync it
-# and the folder, the twelfth renames the old folder and the last six empty it.
+# Five files, the folder, the rename, the parent: eight calls. The ninth makes the marker, the tenth and eleventh sync
+# it and the folder, the twelfth renames the old folder and the last six empty it.
 MARKER_CALL = 9
 ALL_CALLS = 18
 FAST = (2, MARKER_CALL, MARKER_CALL + 1)
