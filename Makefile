@@ -29,7 +29,7 @@ test: $(VENV)/.built
 test-all: $(VENV)/.built
 	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint-tools $(VENV)/.built
+lint: $(VENV)/.lint-tools
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

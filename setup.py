@@ -14,14 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_FROM_SOURCE = "torch>=2.11"
 NO_TORCH = (
-    "glam_ext: expected an installed torch >= 2.11 to compile against, found none; install torch, cmake, ninja and "
-    "nlohmann-json with pip, then run: pip install --no-build-isolation ."
+    "glam_ext: expected an installed torch >= 2.11 to compile against, found none; run: "
+    "pip install 'setuptools>=77' cmake ninja nlohmann-json torch && pip install --no-build-isolation ."
 )
 COMPILING_COMMANDS = {"build", "build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"}
 
@@ -58,6 +60,15 @@ def check_compiler() -> None:
             f"glam_ext: expected a C++20 compiler ({', '.join(candidates)}), found none; install g++ >= 11 or "
             "clang++ >= 14, or name one in CXX."
         )
+
+
+class CleanBuildPy(build_py):
+    """Starts from an empty folder: setuptools would put modules of an earlier build, deleted since, into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -112,8 +123,13 @@ class CMakeBuild(build_ext):
         """An editable install has nothing to copy: CMake has installed into the source tree already."""
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not check this when the build is not isolated
+    raise SystemExit(
+        f"glam_ext: expected setuptools >= 77, got {setuptools.__version__}; run: pip install --upgrade setuptools"
+    )
+
 setup(
     ext_modules=[Extension("glam_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
     install_requires=[torch_requirement(), "numpy", "safetensors>=0.4"],
 )
