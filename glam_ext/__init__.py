@@ -8,6 +8,8 @@ from glam_ext._loader import load
 
 _C = load()
 
+from glam_ext.config import GLaMConfig, preset_names  # noqa: E402
+from glam_ext.counts import ParameterCount, count_parameters  # noqa: E402
 from glam_ext.doctor import build_info  # noqa: E402
 
 __version__: str = _C.__version__
@@ -15,4 +17,12 @@ __version__: str = _C.__version__
 cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
 """For CMake's find_package(glam): -DCMAKE_PREFIX_PATH of a C++ program."""
 
-__all__ = ["__version__", "build_info", "cmake_prefix_path"]
+__all__ = [
+    "GLaMConfig",
+    "ParameterCount",
+    "__version__",
+    "build_info",
+    "cmake_prefix_path",
+    "count_parameters",
+    "preset_names",
+]
