@@ -40,16 +40,14 @@ const Table& pick(const Table* baseline, [[maybe_unused]] const std::type_identi
 
 // Inside namespace glam::cpu: declares the tables baseline::name, avx2::name, avx512::name and the accessor
 // active_name(), which costs a load and a compare.
-#define GLAM_PER_ISA_TABLE(Table, name)                                           \
-  namespace baseline {                                                            \
-  extern const Table name;                                                        \
-  }                                                                               \
-  namespace avx2 {                                                                \
-  extern const Table name;                                                        \
-  }                                                                               \
-  namespace avx512 {                                                              \
-  extern const Table name;                                                        \
-  }                                                                               \
-  inline const Table& active_##name() {                                           \
-    return pick(&baseline::name, GLAM_AVX2_TABLE(name), GLAM_AVX512_TABLE(name)); \
-  }
+#define GLAM_PER_ISA_TABLE(Table, name) \
+  namespace baseline {                  \
+  extern const Table name;              \
+  }                                     \
+  namespace avx2 {                      \
+  extern const Table name;              \
+  }                                     \
+  namespace avx512 {                    \
+  extern const Table name;              \
+  }                                     \
+  inline const Table& active_##name() { return pick(&baseline::name, GLAM_AVX2_TABLE(name), GLAM_AVX512_TABLE(name)); }

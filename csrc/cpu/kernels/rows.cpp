@@ -1,16 +1,16 @@
 // Row gathers of combine, its backward and the backward of dispatch; see rows.h.
 //
-// Every sum runs in an order fixed by D and K alone: over k ascending for y, and for dot products over kLanes interleaved
-// partial sums, whatever the register width. D is walked in tiles that stay in the first-level cache.
+// Every sum runs in an order fixed by D and K alone: over k ascending for y, and for dot products in the
+// lanes of lanes.h, whatever the register width. D is walked in tiles that stay in the first-level cache.
 #include "cpu/kernels/rows.h"
 
+#include "cpu/kernels/lanes.h"
 #include "cpu/kernels/vector.h"
 
 namespace glam::cpu::GLAM_ISA {
 namespace {
 
 constexpr int64_t kTile = 512;  // elements of D summed at a time: 4 KB of doubles
-constexpr int64_t kLanes = 16;  // partial sums of a dot product: one register of floats at the widest
 
 inline float load(float value) { return value; }
 inline double load(double value) { return value; }
@@ -42,21 +42,6 @@ void combine(const Scalar* rows_RD, const SumOf<Scalar>* gates_TK, const int32_t
 }
 
 template <class Scalar>
-SumOf<Scalar> dot(const Scalar* a_D, const Scalar* b_D, int64_t D) {
-  using Sum = SumOf<Scalar>;
-  Sum lanes[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += load(a_D[d + i]) * load(b_D[d + i]);
-  }
-  for (int64_t i = 0; d + i < D; ++i) lanes[i] += load(a_D[d + i]) * load(b_D[d + i]);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
-template <class Scalar>
 void combine_backward(const Scalar* grad_y_TD, const Scalar* rows_RD, const SumOf<Scalar>* gates_TK,
                       const int32_t* choice_of_row_R, int64_t begin, int64_t end, int64_t K, int64_t D,
                       Scalar* grad_rows_RD, SumOf<Scalar>* grad_gates_TK) {
@@ -70,7 +55,10 @@ void combine_backward(const Scalar* grad_y_TD, const Scalar* rows_RD, const SumO
     const Scalar* const grad_y = grad_y_TD + choice / K * D;
     const SumOf<Scalar> gate = gates_TK[choice];
     for (int64_t d = 0; d < D; ++d) store(gate * load(grad_y[d]), grad_row + d);
-    grad_gates_TK[choice] = dot(rows_RD + r * D, grad_y, D);
+    const Scalar* const row = rows_RD + r * D;
+    LaneSums<SumOf<Scalar>> dot;
+    dot.add(D, [&](int64_t d) { return load(row[d]) * load(grad_y[d]); });
+    grad_gates_TK[choice] = dot.total();
   }
 }
 
