@@ -17,9 +17,8 @@ void moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, 
              c10::string_view activation);
 void rms_norm(const Tensor& x, const Tensor& scale);
 void embedding(const Tensor& ids, const Tensor& table);
-void relative_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
-                        double logit_cap);
-void segment_ids(const Tensor& segment_ids, const Tensor& q);
+void relative_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+                        const OptionalTensor& segment_ids, double logit_cap);
 void relative_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                              const Tensor& v_cache, const Tensor& positions, const Tensor& bias, double logit_cap);
 void reorder_cache(const Tensor& cache, const Tensor& beams);

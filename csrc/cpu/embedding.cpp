@@ -1,0 +1,83 @@
+// CPU kernels of glam::embedding: rows are copied in parallel; the gradient sorts the positions by id (stable) and splits
+// the columns over threads, so that a frequent id is everybody's work and every sum keeps its order.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels/embedding.h"
+#include "ops/checks.h"
+
+namespace glam::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 16384;
+constexpr int64_t kColumnsPerTask = 32;  // a whole cache line of bfloat16
+
+Tensor embedding(const Tensor& ids_, const Tensor& table_) {
+  checks::embedding(ids_, table_);
+  const Tensor ids = ids_.to(at::kLong).contiguous(), table = table_.contiguous();
+  const int64_t V = table.size(0), D = table.size(1), T = ids.numel();
+  const auto* id = ids.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < T; ++t) {
+    TORCH_CHECK(id[t] >= 0 && id[t] < V, "glam::embedding: expected ids in [0, V) with V = ", V, ", got ", id[t],
+                " at ", t);
+  }
+  auto sizes = ids.sizes().vec();
+  sizes.push_back(D);
+  const Tensor y = at::empty(sizes, table.options());
+  if (y.numel() == 0) return y;
+  const size_t row_bytes = static_cast<size_t>(D) * table.element_size();
+  const auto* const from = static_cast<const char*>(table.const_data_ptr());
+  auto* const to = static_cast<char*>(y.mutable_data_ptr());
+  at::parallel_for(0, T, std::max<int64_t>(kElementsPerTask / D, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) std::memcpy(to + t * row_bytes, from + id[t] * row_bytes, row_bytes);
+  });
+  return y;
+}
+
+Tensor backward(const Tensor& grad_, const Tensor& ids_, int64_t num_rows) {
+  const Tensor grad = grad_.contiguous(), ids = ids_.to(at::kLong).contiguous();
+  const int64_t D = grad.size(-1), T = ids.numel();
+  const Tensor grad_table = at::zeros({num_rows, D}, grad.options());
+  if (grad.numel() == 0) return grad_table;
+  const auto* id = ids.const_data_ptr<int64_t>();
+  std::vector<int64_t> order(T), starts, used;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return id[a] < id[b]; });
+  for (int64_t i = 0; i < T; ++i) {
+    if (i > 0 && id[order[i]] == used.back()) continue;
+    starts.push_back(i);
+    used.push_back(id[order[i]]);
+  }
+  starts.push_back(T);
+  const RowSums sums{.rows = grad.const_data_ptr(),
+                     .out = grad_table.mutable_data_ptr(),
+                     .type = type_of(grad),
+                     .D = D,
+                     .order = order.data(),
+                     .starts = starts.data(),
+                     .ids = used.data(),
+                     .num_sums = static_cast<int64_t>(used.size())};
+  const auto& functions = active_embedding_table();
+  const int64_t num_tasks = (D + kColumnsPerTask - 1) / kColumnsPerTask;
+  at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    functions.sum_rows(sums, begin * kColumnsPerTask, std::min(end * kColumnsPerTask, D));
+  });
+  return grad_table;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(glam, CPU, m) {
+  m.impl("embedding", embedding);
+  m.impl("_embedding_backward", backward);
+}
+
+}  // namespace glam::cpu

@@ -1,0 +1,78 @@
+// Embedding: y[...] = table[ids[...]], with ids [...] int64 or int32, table [V, D], y [..., D] in the table's dtype.
+//
+// An id outside [0, V) raises on CPU. The table's gradient is dense [V, D] in the table's dtype: for each id the rows that
+// used it are added in their order, in float32 (float64 for float64); no atomics.
+
+#include <ATen/ops/empty.h>
+
+#include "ops/checks.h"
+
+namespace glam {
+namespace {
+
+constexpr auto kOp = "glam::embedding";
+
+const auto& embedding_op() {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&)>(kOp);
+  return op;
+}
+const auto& backward_op() {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, SymInt)>("glam::_embedding_backward");
+  return op;
+}
+
+}  // namespace
+
+void checks::embedding(const Tensor& ids, const Tensor& table) {
+  TORCH_CHECK(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, kOp,
+              ": expected ids to be Long or Int, got ", ids.scalar_type());
+  check_floating(kOp, "table", table);
+  check_dim(kOp, "table", table, "[V, D]", 2);
+  check_same_device(kOp, ids, table);
+}
+
+namespace {
+
+struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& ids, const Tensor& table) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({ids});
+    ctx->saved_data["V"] = table.sym_size(0);
+    return embedding_op().call(ids, table);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {Tensor(), backward_op().call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["V"].toSymInt())};
+  }
+};
+
+Tensor embedding_autograd(const Tensor& ids, const Tensor& table) { return EmbeddingFunction::apply(ids, table); }
+
+Tensor embedding_meta(const Tensor& ids, const Tensor& table) {
+  checks::embedding(ids, table);
+  auto sizes = ids.sym_sizes().vec();
+  sizes.push_back(table.sym_size(1));
+  return at::empty_symint(sizes, table.options());
+}
+
+Tensor backward_meta(const Tensor& grad, const Tensor&, SymInt num_rows) {
+  return at::empty_symint({std::move(num_rows), grad.sym_size(-1)}, grad.options());
+}
+
+}  // namespace
+
+Tensor embedding(const Tensor& ids, const Tensor& table) { return embedding_op().call(ids, table); }
+
+TORCH_LIBRARY_FRAGMENT(glam, m) {
+  m.def("embedding(Tensor ids, Tensor table) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("_embedding_backward(Tensor grad, Tensor ids, SymInt num_rows) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(glam, Autograd, m) {
+  m.impl("embedding", embedding_autograd);
+  m.impl("_embedding_backward", refuse_double_backward());
+}
+TORCH_LIBRARY_IMPL(glam, Meta, m) {
+  m.impl("embedding", embedding_meta);
+  m.impl("_embedding_backward", backward_meta);
+}
+
+}  // namespace glam
