@@ -25,8 +25,8 @@ from .samples.base import Args, Outputs
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Largest error of a row relative to that row's norm plus the rows' typical norm: a few roundings of the output and of
 # each operand that enters a product, sums being kept in float32.
-VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 8e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
+VALUE_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
+GRADIENT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
 
 def as_tuple(outputs: Any) -> Outputs:
@@ -67,8 +67,14 @@ def run_with_gradients(op: Op, sample: Sample, call: Callable[..., Any] | None =
     return [out.detach() for out in outputs] + gradients(op, outputs, args, sample.grad)
 
 
-def to_double(args: Args) -> Args:
-    return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+def to_double(op: Op, args: Args) -> Args:
+    """The arguments as the op sees them, in float64: weights rounded to the activations' dtype."""
+    floating = {index: arg for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()}
+    dtype = next(iter(floating.values())).dtype if floating else torch.float64
+    return tuple(
+        (arg.to(dtype) if index in op.weights else arg).double() if index in floating else arg
+        for index, arg in enumerate(args)
+    )
 
 
 def row_error(actual: Tensor, expected: Tensor) -> float:
@@ -121,7 +127,7 @@ def assert_refused(op: Op, sample: Sample, changes: dict[int, Any], text: str) -
 
 def check_reference(op: Op, sample: Sample) -> None:
     outputs = run(op, sample.args)
-    expected = op.reference(*to_double(sample.args))
+    expected = op.reference(*to_double(op, sample.args))
     assert len(outputs) == len(expected)
     for index, (actual, wanted) in enumerate(zip(outputs, expected, strict=True)):
         tolerance = VALUE_TOLERANCE[actual.dtype] if actual.is_floating_point() else 0.0
@@ -134,7 +140,7 @@ def check_gradients(op: Op, sample: Sample, formula: Callable[..., Outputs] | No
     outputs = run(op, args)
     doubles = tuple(
         arg.detach().requires_grad_() if index in sample.grad else arg
-        for index, arg in enumerate(to_double(sample.args))
+        for index, arg in enumerate(to_double(op, sample.args))
     )
     expected_outputs = (formula or op.reference)(*doubles)
     chosen = [outputs[index] for index in op.differentiable]
@@ -192,7 +198,8 @@ def check_double_backward(op: Op, sample: Sample) -> None:
 
 
 def check_opcheck(op: Op, sample: Sample) -> None:
-    args = require_grad(sample) if op.differentiable else sample.args
+    # opcheck sends gradients to every floating output; where one refuses that, test_compile covers the backward.
+    args = require_grad(sample) if op.differentiable and not op.refuses_gradients else sample.args
     torch.library.opcheck(getattr(torch.ops.glam, op.name).default, args)
 
 
@@ -264,6 +271,7 @@ def busy_threads(work: Callable[[], Any]) -> int:
         if resting:
             break
     work()
+    time.sleep(0.03)  # a thread's time is booked when it leaves the CPU
     return sum(spent > before.get(thread, 0) for thread, spent in _cpu_time_of_threads().items())
 
 
@@ -357,7 +365,7 @@ class OpTests:
 
     op: ClassVar[Op]
     formula: ClassVar[Callable[..., Outputs] | None] = None
-    levels_without: ClassVar[tuple[str, ...]] = ()
+    levels_without: ClassVar[dict[str, str]] = {}  # level -> why it cannot apply
     compiled_samples: ClassVar[int] = 2
 
     PLAN: ClassVar[dict[str, tuple[tuple[str, ...], tuple[torch.dtype, ...]]]] = {
@@ -381,17 +389,20 @@ class OpTests:
             return
         sizes, dtypes = self.PLAN[level]
         cases = []
-        if level not in self.levels_without:
-            for dtype in dtypes:
-                for size in sizes:
-                    for sample in self.op.samples(size, dtype):
-                        cases.append(pytest.param(sample, id=f"{str(dtype)[6:]}-{size}-{sample.name}"))
-        if not self.op.differentiable and level in ("test_gradients", "test_gradcheck", "test_double_backward"):
-            cases = []
+        for dtype in dtypes:
+            for size in sizes:
+                for sample in self.op.samples(size, dtype):
+                    cases.append(pytest.param(sample, id=f"{str(dtype)[6:]}-{size}-{sample.name}"))
+        without = dict(self.levels_without)
+        if not self.op.differentiable:
+            for name in ("test_gradients", "test_gradcheck", "test_double_backward"):
+                without[name] = f"glam::{self.op.name} has no gradient"
+        if level in without:
+            cases = [pytest.param(None, id="none", marks=pytest.mark.skip(reason=without[level]))]
         if level == "test_double_backward":
             cases = cases[:1]
         if level == "test_opcheck":
-            cases = [case for case in cases if "float32" in str(case.id)] + cases[-1:]
+            cases = [case for case in cases if "float32" in str(case.id)] + cases[-1:] if len(cases) > 1 else cases
         if level in ("test_compile", "test_export"):
             cases = cases[: self.compiled_samples]
         metafunc.parametrize("sample", cases)

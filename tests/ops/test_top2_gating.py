@@ -80,7 +80,7 @@ def test_samples_contain_every_kind_of_choice() -> None:
     for level in ("small", "tiles", "edges"):
         for sample in samples.TOP2_GATING.samples(level, torch.float32):
             logits, mask, *_ = sample.args
-            _, ids, positions, _ = samples.TOP2_GATING.reference(*levels.to_double(sample.args))
+            _, ids, positions, _ = samples.TOP2_GATING.reference(*levels.to_double(samples.TOP2_GATING, sample.args))
             real = torch.ones(logits.shape[0], dtype=torch.bool) if mask is None else mask
             dropped_first += int((positions[:, 0] == gating.OVER_CAPACITY).sum())
             dropped_second += int((positions[:, 1] == gating.OVER_CAPACITY).sum())
@@ -89,6 +89,15 @@ def test_samples_contain_every_kind_of_choice() -> None:
             empty += logits.shape[1] > len(ids[positions >= 0].unique())
             partly += int(((positions[:, 0] >= 0) & (positions[:, 1] == gating.OVER_CAPACITY)).sum())
     assert min(dropped_first, dropped_second, skipped, masked, empty, partly) > 0
+
+
+@pytest.mark.parametrize("dtype", levels.DTYPES, ids=str)
+def test_without_capacity_a_tokens_gates_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    logits = samples.TOP2_GATING.find("tiles", dtype, "T=257 E=17 S=-1").args[0]
+    gates, ids, *_ = torch.ops.glam.top2_gating(logits, None, None, -1)
+    for t in (0, 1, 128, 256):
+        alone = torch.ops.glam.top2_gating(logits[t : t + 1], None, None, -1)
+        levels.assert_same_bits(alone[:2], [gates[t : t + 1], ids[t : t + 1]], f"token {t}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -31,6 +31,8 @@ class Sample:
 class Op:
     """An op, what it should equal, and its samples.
 
+    `differentiable` are outputs; `refuses_gradients` if the others raise when a gradient arrives.
+    `weights` are arguments that are rounded to the first floating argument's dtype where they enter a product.
     `reference` takes float64 arguments and returns all outputs, then the mutated arguments as they should become.
     `alone(args, i)` cuts row i out of a batch and `row(outputs, i)` is where the batch holds its result.
     """
@@ -39,7 +41,9 @@ class Op:
     reference: Callable[..., Outputs]
     samples: Callable[[str, torch.dtype], list[Sample]]
     differentiable: tuple[int, ...] = (0,)
+    refuses_gradients: bool = False
     mutated: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
     alone: Callable[[Args, int], Args] | None = None
     row: Callable[[Outputs, int], Outputs] | None = None
 

@@ -86,8 +86,10 @@ def cut_first(args: Args, i: int) -> Args:
     return (args[0][i : i + 1], *args[1:])
 
 
-LINEAR = Op("linear", one_output(routing.linear), _linear_samples, alone=cut_first, row=first_dim_row)
-GEGLU_MLP = Op("geglu_mlp", one_output(routing.geglu_mlp), _geglu_samples, alone=cut_first, row=first_dim_row)
+LINEAR = Op("linear", one_output(routing.linear), _linear_samples, weights=(1,), alone=cut_first, row=first_dim_row)
+GEGLU_MLP = Op(
+    "geglu_mlp", one_output(routing.geglu_mlp), _geglu_samples, weights=(1, 2, 3), alone=cut_first, row=first_dim_row
+)
 RMS_NORM = Op("rms_norm", one_output(norm.rms_norm), _norm_samples, alone=cut_first, row=first_dim_row)
 EMBEDDING = Op("embedding", one_output(routing.embedding), _embedding_samples, alone=cut_first, row=first_dim_row)
 
@@ -147,6 +149,8 @@ LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     loss.linear_cross_entropy,
     _loss_samples,
+    weights=(1,),
+    refuses_gradients=True,
     alone=_loss_alone,
     row=lambda outputs, i: tuple(x[i : i + 1] for x in outputs[1:]),
 )

@@ -90,5 +90,5 @@ TOP2_GATING = Op(
     _gating_samples,
     differentiable=(0, 3),
     alone=_gating_alone,
-    row=lambda outputs, i: tuple(x[i : i + 1] for x in outputs[:2]),
+    row=lambda outputs, i: (outputs[1][i : i + 1],),
 )

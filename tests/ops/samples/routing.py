@@ -242,8 +242,17 @@ def _moe_alone(args: Args, i: int) -> Args:
     return (x[i : i + 1], gates[i : i + 1], *plan, *weights)
 
 
-EXPERT_MLP = Op("expert_mlp", one_output(routing.expert_mlp), _expert_samples, alone=_expert_alone, row=first_dim_row)
-MOE_MLP = Op("moe_mlp", one_output(routing.moe_mlp), _moe_samples, alone=_moe_alone, row=first_dim_row)
+EXPERT_MLP = Op(
+    "expert_mlp",
+    one_output(routing.expert_mlp),
+    _expert_samples,
+    weights=(2, 3, 4),
+    alone=_expert_alone,
+    row=first_dim_row,
+)
+MOE_MLP = Op(
+    "moe_mlp", one_output(routing.moe_mlp), _moe_samples, weights=(5, 6, 7), alone=_moe_alone, row=first_dim_row
+)
 
 
 # Exchange, in one process.
