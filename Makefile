@@ -29,13 +29,13 @@ test: $(VENV)/.built
 test-all: $(VENV)/.built
 	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint-tools
+lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.lint-tools
+format: $(VENV)/.installed
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h')
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -58,16 +58,12 @@ $(VENV)/.tools: $(VENV)/.created Makefile
 	$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja nlohmann-json $(TORCH)
 	touch $@
 
-# The first build goes through pip, which also installs what the package and its tests need; after that a changed source
-# is a matter for CMake and Ninja alone.
+# The first build goes through pip, which also installs what the package, its tests and the linters need; after that a
+# changed source is a matter for CMake and Ninja alone.
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py
-	$(PIP) --no-build-isolation -v --editable ".[test]"
+	$(PIP) --no-build-isolation -v --editable ".[dev]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(VENV)/bin/ninja -C build/cmake install
-	touch $@
-
-$(VENV)/.lint-tools: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[lint]"
 	touch $@

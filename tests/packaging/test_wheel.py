@@ -108,7 +108,7 @@ def test_wheel_contents(wheel: Path) -> None:
     wanted = {"lib/libglam_core.so", "lib/build.json", "include/glam/build_info.h", "share/cmake/glam/glamConfig.cmake"}
     wanted |= {"py.typed", "__main__.py", "recipes/__init__.py"}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.toml")}
-    wanted |= {f"data/{path.name}" for path in (ROOT / "glam_ext" / "data").glob("*.xz")}
+    wanted |= {str(path.relative_to(ROOT / "glam_ext")) for path in (ROOT / "glam_ext" / "data").rglob("*.xz")}
     assert not {f"glam_ext/{name}" for name in wanted} - names
     assert not [name for name in names if not re.match(r"glam_ext(-.*\.dist-info)?/", name)]
     assert f"Requires-Dist: torch=={TORCH_MINOR}.*" in metadata
