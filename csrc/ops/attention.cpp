@@ -9,6 +9,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 #include "ops/relative_buckets.h"
 

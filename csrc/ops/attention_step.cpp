@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 #include "ops/relative_buckets.h"
 

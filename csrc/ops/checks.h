@@ -24,5 +24,12 @@ void relative_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
 void reorder_cache(const Tensor& cache, const Tensor& beams);
 void sample_logits(const Tensor& logits, const Tensor& uniform, double temperature, int64_t top_k, double top_p);
 void counter_uniform(const Tensor& index);
+void adafactor_sums(const Tensor& grad, const Tensor& weight, bool factored);
+void adafactor_stats(const Tensor& row_var, const OptionalTensor& col_var, const Tensor& grad, const Tensor& row_sums,
+                     const Tensor& col_sums, const Tensor& step, const OptionalTensor& skip);
+void adafactor_apply(const Tensor& weight, const Tensor& grad, const Tensor& row_var, const OptionalTensor& col_var,
+                     const Tensor& row_means, const Tensor& weight_squares, const Tensor& update_squares,
+                     const Tensor& lr, const OptionalTensor& skip);
+void squared_norm(const Tensor& x);
 
 }  // namespace glam::checks

@@ -14,6 +14,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 
 namespace glam {
@@ -237,6 +238,28 @@ void checks::moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_
   check_shape(op, "gates", gates, "[T, K]", {x.sym_size(0), row_of_choice.sym_size(1)});
   check_dtype(op, "gates", gates, accumulation_dtype(x.scalar_type()));
   expert_mlp(op, x, offsets, wi, wo, wg, activation);
+}
+
+Tensor expert_mlp(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                  const OptionalTensor& wg, std::string_view activation) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        const OptionalTensor&, c10::string_view)>("glam::expert_mlp");
+  return op.call(rows, offsets, wi, wo, wg, activation);
+}
+
+Tensor moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
+               const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+               std::string_view activation) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                     const Tensor&, const OptionalTensor&, c10::string_view)>("glam::moe_mlp");
+  return op.call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
+}
+
+Tensor geglu_mlp(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("glam::geglu_mlp");
+  return op.call(x, w0, w1, wo);
 }
 
 TORCH_LIBRARY_FRAGMENT(glam, m) {

@@ -6,6 +6,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 
 namespace glam {
@@ -78,6 +79,9 @@ Tensor weight_gradient_meta(const Tensor& x, const Tensor& grad, at::ScalarType 
 }
 
 }  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight) { return linear_op().call(x, weight); }
+Tensor linear_wide(const Tensor& x, const Tensor& weight) { return linear_wide_op().call(x, weight); }
 
 TORCH_LIBRARY_FRAGMENT(glam, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});

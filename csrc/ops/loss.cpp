@@ -15,6 +15,7 @@
 #include <ATen/ops/exp.h>
 #include <ATen/ops/log.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 #include "ops/collectives.h"
 
@@ -161,6 +162,14 @@ std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const OptionalTensor&, c
 }
 
 }  // namespace
+
+Triple linear_cross_entropy(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
+                            const OptionalTensor& weights, double scale, double z_loss, double label_smoothing,
+                            double logit_cap, SymInt vocab_start, std::string_view group) {
+  static const auto op = find_op<LossSignature>(kOp);
+  return op.call(hidden, embedding, targets, weights, scale, z_loss, label_smoothing, logit_cap,
+                 std::move(vocab_start), group);
+}
 
 TORCH_LIBRARY_FRAGMENT(glam, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};

@@ -8,17 +8,24 @@
 
 #include <ATen/ops/empty.h>
 
+#include "glam/ops.h"
 #include "ops/common.h"
 
 namespace glam {
-namespace {
 
-Tensor to_compute_dtype(const Tensor& x, c10::string_view name) {
+Tensor to_compute_dtype(const Tensor& x, std::string_view name) {
   TORCH_CHECK(name == "bfloat16" || name == "float32",
               "glam::to_compute_dtype: expected dtype to be bfloat16 or float32, got ", name);
   if (x.scalar_type() == at::kDouble) return x;
   return x.to(name == "bfloat16" ? at::kBFloat16 : at::kFloat);
 }
+
+Tensor router_statistics(const Tensor& expert_ids, const Tensor& positions, SymInt num_experts) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, SymInt)>("glam::router_statistics");
+  return op.call(expert_ids, positions, std::move(num_experts));
+}
+
+namespace {
 
 Tensor router_statistics_meta(const Tensor& expert_ids, const Tensor&, SymInt num_experts) {
   return at::empty_symint({num_experts + 6}, expert_ids.options().dtype(at::kLong));

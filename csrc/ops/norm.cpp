@@ -7,6 +7,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 
 namespace glam {

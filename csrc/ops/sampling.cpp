@@ -10,6 +10,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "glam/ops.h"
 #include "ops/checks.h"
 
 namespace glam {

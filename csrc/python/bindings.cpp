@@ -3,6 +3,7 @@
 // The ops need nothing here: they are registered with torch and reached as torch.ops.glam.*. One bind_* function per
 // subject, called from the module definition at the end; anything that computes releases the GIL.
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <torch/csrc/utils/pybind.h>
@@ -10,6 +11,9 @@
 #include "glam/build_info.h"
 #include "glam/checkpoint.h"
 #include "glam/config.h"
+#include "glam/export.h"
+#include "glam/generate.h"
+#include "glam/nn.h"
 
 namespace py = pybind11;
 
@@ -128,10 +132,74 @@ void bind_io(py::module_& m) {
       py::arg("folder"), py::arg("stem"), py::arg("hashes") = true);
 }
 
+// The model tree. Python's glam_ext.GLaM adopts its parameters: a tensor handed out twice is the same Python object.
+void bind_model(py::module_& m) {
+  using glam::nn::GLaMImpl;
+  using OptionalTensor = std::optional<at::Tensor>;
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  const auto random = [](const std::tuple<int64_t, int64_t, int64_t>& counters) {
+    return glam::nn::Randomness{std::get<0>(counters), std::get<1>(counters), std::get<2>(counters)};
+  };
+  using Counters = std::tuple<int64_t, int64_t, int64_t>;
+  py::class_<GLaMImpl, std::shared_ptr<GLaMImpl>>(m, "GLaM")
+      .def(py::init([](const std::string& config, std::optional<int64_t> seed, const std::string& device) {
+             return std::make_shared<GLaMImpl>(glam::GLaMConfig::from_json(config), seed, torch::Device(device));
+           }),
+           py::arg("config"), py::arg("seed"), py::arg("device"))
+      .def("named_parameters",
+           [](const GLaMImpl& model) {
+             std::vector<std::pair<std::string, at::Tensor>> out;
+             for (const auto& item : model.named_parameters()) out.emplace_back(item.key(), item.value());
+             return out;
+           })
+      .def("train", [](GLaMImpl& model, bool on) { model.train(on); })
+      .def(
+          "forward",
+          [random](GLaMImpl& model, const at::Tensor& tokens, const OptionalTensor& segment_ids,
+                   const Counters& counters) { return model.forward(tokens, segment_ids, random(counters)); },
+          release_gil())
+      .def(
+          "loss",
+          [random](GLaMImpl& model, const at::Tensor& tokens, const at::Tensor& targets, const OptionalTensor& weights,
+                   const OptionalTensor& segment_ids, const Counters& counters) {
+            const auto loss = model.loss(tokens, targets, weights, segment_ids, random(counters));
+            return std::make_tuple(loss.loss_sum, loss.aux, loss.router_z, loss.nll, loss.num_tokens,
+                                   loss.router_statistics);
+          },
+          release_gil())
+      .def("init_cache", &GLaMImpl::init_cache, release_gil())
+      .def("step", &GLaMImpl::step, release_gil());
+  m.def(
+      "generate",
+      [](const std::shared_ptr<GLaMImpl>& model, const at::Tensor& prompts, const at::Tensor& lengths,
+         int64_t max_new_tokens, double temperature, int64_t top_k, double top_p, int64_t seed,
+         std::vector<int64_t> stop_tokens, const std::optional<std::function<bool(at::Tensor)>>& on_step) {
+        glam::GenerateOptions options{max_new_tokens, temperature, top_k, top_p, seed, std::move(stop_tokens), {}};
+        if (on_step) {
+          options.on_step = [&on_step](const at::Tensor& tokens) {
+            const py::gil_scoped_acquire acquired;
+            return (*on_step)(tokens);
+          };
+        }
+        glam::nn::GLaM holder(model);
+        const py::gil_scoped_release released;
+        const auto out = glam::generate(holder, prompts, lengths, options);
+        return std::make_pair(out.tokens, out.counts);
+      });
+  m.def(
+      "export_torchscript",
+      [](const std::shared_ptr<GLaMImpl>& model, const std::filesystem::path& file,
+         const std::map<std::string, std::string>& extra_files) {
+        glam::export_torchscript(glam::nn::GLaM(model), file, extra_files);
+      },
+      py::arg("model"), py::arg("file"), py::arg("extra_files"), release_gil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   bind_build_info(m);
   bind_config(m);
   bind_io(m);
+  bind_model(m);
 }

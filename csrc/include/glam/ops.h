@@ -70,4 +70,105 @@ at::Tensor exchange_counts(const at::Tensor& offsets, std::string_view group);
 at::Tensor exchange(const at::Tensor& rows, at::IntArrayRef out_splits, at::IntArrayRef in_splits,
                     std::string_view group);
 
+// --- Products and feed-forward networks: weights are rounded to x's dtype where they enter a product ----------------------
+
+// y [..., D_out] = x [..., D_in] weight [D_in, D_out], in x's dtype; linear_wide leaves it in float32 (or float64).
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
+at::Tensor linear_wide(const at::Tensor& x, const at::Tensor& weight);
+
+// out[r] = act(rows[r] wi[e]) wo[e]; for "geglu" (gelu(rows[r] wg[e]) * (rows[r] wi[e])) wo[e]. activation: relu, gelu,
+// geglu. rows [R, D]; offsets int32 [S + 1]: segment s has rows [offsets[s], offsets[s + 1]) and expert s mod E; rows
+// after the last segment give 0. wi, wg [E, D, F], wo [E, F, D]; wg with geglu only.
+at::Tensor expert_mlp(const at::Tensor& rows, const at::Tensor& offsets, const at::Tensor& wi, const at::Tensor& wo,
+                      const std::optional<at::Tensor>& wg, std::string_view activation);
+
+// combine(expert_mlp(dispatch(x)), gates) in one, without the rows in between. x [T, D]; gates [T, K] float32 (float64
+// with float64 x); the three tensors of a routing plan.
+at::Tensor moe_mlp(const at::Tensor& x, const at::Tensor& gates, const at::Tensor& row_of_choice,
+                   const at::Tensor& choice_of_row, const at::Tensor& offsets, const at::Tensor& wi,
+                   const at::Tensor& wo, const std::optional<at::Tensor>& wg, std::string_view activation);
+
+// y = (gelu(x w0) * (x w1)) wo, with the tanh GELU. x [..., D]; w0, w1 [D, F]; wo [F, D]. Source: arXiv 2002.05202.
+at::Tensor geglu_mlp(const at::Tensor& x, const at::Tensor& w0, const at::Tensor& w1, const at::Tensor& wo);
+
+// --- Loss and the model's small change ------------------------------------------------------------------------------------
+
+// Cross entropy of logits = cap(scale * hidden embedding^T) that never exist as [T, V]. hidden [T, D], embedding [V, D],
+// targets int64 [T] in [0, V), weights [T] float32 (float64 with float64 hidden), 0 for padding. Returns
+//   loss_sum []: sum of weights * ((1 - s) nll + s (lse - mean logit) + z_loss * lse^2), s = label_smoothing;
+//   nll [T] = lse - logit of the target; lse [T] = log sum exp of the logits.
+// logit_cap c > 0: logits pass c tanh(l / c). vocab_start and group: embedding holds the rows of a split vocabulary
+// from vocab_start on, equally many on each rank. Only loss_sum is differentiable; a gradient at nll or lse raises.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
+    const at::Tensor& hidden, const at::Tensor& embedding, const at::Tensor& targets,
+    const std::optional<at::Tensor>& weights = std::nullopt, double scale = 1., double z_loss = 0.,
+    double label_smoothing = 0., double logit_cap = 0., c10::SymInt vocab_start = 0, std::string_view group = "");
+
+// x in "bfloat16" or "float32"; float64 stays.
+at::Tensor to_compute_dtype(const at::Tensor& x, std::string_view dtype);
+
+// int64 [E + 6] from top2_gating's expert_ids and positions: rows of each expert, first and second choices over capacity,
+// tokens with 0, 1 and 2 rows, real tokens.
+at::Tensor router_statistics(const at::Tensor& expert_ids, const at::Tensor& positions, c10::SymInt num_experts);
+
+// --- Norm, embedding, attention, sampling ------------------------------------------------------------------------------
+
+// x * rsqrt(mean(x^2) + eps) * scale over the last dimension, in x's dtype. x [..., D], scale [D].
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& scale, double eps = 1e-6);
+
+// Rows of table [V, D] by ids (int32 or int64, any shape): [..., D] in the table's dtype. An id outside [0, V) raises.
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table);
+
+// Causal attention with T5's bucketed relative bias and without 1/sqrt(A). q, k, v [B, S, H, A]; bias [H, 32] float32
+// (float64 with float64 q); segment_ids int32 [B, S], 0 = padding (output 0, not attended to). extra_logit adds exp(0) to
+// every softmax denominator; logit_cap c > 0 passes logits through c tanh(l / c).
+at::Tensor relative_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& bias,
+                              const std::optional<at::Tensor>& segment_ids = std::nullopt, bool extra_logit = true,
+                              double logit_cap = 0.);
+
+// The same for N new tokens per row, q, k, v [B, N, H, A], over caches [B, max_len, H, A], which are written in place.
+// positions int32 [B]: index of the first new token, -1 for a finished row (nothing written, output 0).
+at::Tensor relative_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache,
+                                   at::Tensor& v_cache, const at::Tensor& positions, const at::Tensor& bias,
+                                   bool extra_logit = true, double logit_cap = 0.);
+
+// cache[b] = old cache[beams[b]], in place. cache [B, ...], beams int64 [B].
+void reorder_cache_(at::Tensor& cache, const at::Tensor& beams);
+
+// Draws a token per row. logits float32 [B, V], uniform float32 [B] in [0, 1) -> int64 [B]. temperature 0: the largest
+// logit, lowest index on a tie. top_k 0 and top_p 1 keep everything.
+at::Tensor sample_logits(const at::Tensor& logits, const at::Tensor& uniform, double temperature = 1., int64_t top_k = 0,
+                         double top_p = 1.);
+
+// Uniform numbers in [0, 1), float32, one per index (int64, any shape): a function of seed, stream and index alone.
+at::Tensor counter_uniform(int64_t seed, int64_t stream, const at::Tensor& index);
+
+// --- Optimiser steps: what glam/optim.h is made of ------------------------------------------------------------------------
+
+// Adafactor's step of one parameter weight [..., R, C] in three calls, with sums over the shards of a split parameter
+// between them; the formulas are in csrc/ops/adafactor.cpp. Factored state: row_var [..., R], col_var [..., C]; otherwise
+// row_var is the full variance and col_var is absent. step [] int64 counts the updates applied before; where skip [] bool
+// is true nothing changes. num_rows, num_cols and num_elements are those of the whole parameter.
+//
+// row_sums [..., R] and col_sums [..., C] of grad^2 (empty unless factored), and weight_squares [] float64.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> adafactor_sums(const at::Tensor& grad, const at::Tensor& weight,
+                                                              bool factored);
+// Updates the state; row_totals [N] = sum of row_var and scaled_squares [N] = sum of grad^2 / (row_var col_var), float64,
+// for the N matrices (unfactored: [1], 1 and the sum of grad^2 / variance).
+std::tuple<at::Tensor, at::Tensor> adafactor_stats_(at::Tensor& row_var, const std::optional<at::Tensor>& col_var,
+                                                    const at::Tensor& grad, const at::Tensor& row_sums,
+                                                    const at::Tensor& col_sums, const at::Tensor& step,
+                                                    const std::optional<at::Tensor>& skip, c10::SymInt num_rows,
+                                                    c10::SymInt num_cols, double decay = -0.8, double eps = 1e-30);
+// Updates the weight; row_means = row_totals / num_rows (unfactored: / 1), update_squares = sum of row_means *
+// scaled_squares. lr is a scalar tensor.
+void adafactor_apply_(at::Tensor& weight, const at::Tensor& grad, const at::Tensor& row_var,
+                      const std::optional<at::Tensor>& col_var, const at::Tensor& row_means,
+                      const at::Tensor& weight_squares, const at::Tensor& update_squares, const at::Tensor& lr,
+                      const std::optional<at::Tensor>& skip, c10::SymInt num_elements, double clipping = 1.,
+                      double min_scale = 1e-3);
+
+// The sum of x^2 in float64 in a fixed order, and whether a square is infinite or NaN in float32 (float64 for float64).
+std::tuple<at::Tensor, at::Tensor> squared_norm(const at::Tensor& x);
+
 }  // namespace glam

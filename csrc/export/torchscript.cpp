@@ -1,0 +1,183 @@
+// Builds the TorchScript module: a tree of modules that hold the parameters, the functions of glam_ext/functional.py
+// compiled from their embedded text, and four methods that pass the parameters to them.
+
+#include <glam/build_info.h>
+#include <glam/export.h>
+#include <torch/csrc/jit/serialization/import.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "export/functional_source.h"
+#include "export/resolver.h"
+
+namespace glam {
+namespace {
+
+using torch::jit::CompilationUnit;
+
+// The fields of glam_ext.functional.Options, in its order, with their values.
+class Options {
+ public:
+  explicit Options(const GLaMConfig& config) {
+    add("num_layers", config.num_layers);
+    add("num_heads", config.num_heads);
+    add("head_dim", config.head_dim);
+    add("num_experts", config.num_experts);
+    add("moe_first", config.moe_first);
+    add("expert_activation", config.expert_activation);
+    add("tie_embedding", config.tie_embedding);
+    add("attention_extra_logit", config.attention_extra_logit);
+    add("attention_logit_cap", config.attention_logit_cap);
+    add("logit_cap", config.logit_cap);
+    add("z_loss", config.z_loss);
+    add("label_smoothing", config.label_smoothing);
+    add("norm_eps", config.norm_eps);
+    add("second_policy", config.second_policy);
+    add("second_threshold", config.second_threshold);
+    add("normalize_before_capacity", config.normalize_before_capacity);
+    add("capacity_factor", config.capacity_factor);
+    add("eval_capacity_factor", config.eval_capacity_factor.value_or(0.));
+    add("group_size", config.group_size);
+    add("aux_loss_reduction", config.aux_loss_reduction);
+    add("router_jitter", config.router_jitter);
+    add("router_logit_cap", config.router_logit_cap);
+    add("compute_dtype", config.compute_dtype);
+  }
+  c10::TupleTypePtr type() const {
+    return c10::TupleType::createNamed(c10::QualifiedName("__torch__.glam.Options"), names_, types_);
+  }
+  c10::IValue value(const c10::TupleTypePtr& type) const { return c10::ivalue::Tuple::createNamed(values_, type); }
+
+ private:
+  template <class T>
+  void add(const char* name, const T& value) {
+    names_.emplace_back(name);
+    types_.push_back(c10::getTypePtr<T>());
+    values_.emplace_back(value);
+  }
+  std::vector<std::string> names_;
+  std::vector<c10::TypePtr> types_;
+  std::vector<c10::IValue> values_;
+};
+
+// Registers each parameter in a tree of modules named as in the state dict; its own module class for every place.
+void add_parameters(torch::jit::Module& root, const nn::GLaM& model, const std::shared_ptr<CompilationUnit>& unit) {
+  std::map<std::string, torch::jit::Module> modules = {{"", root}};
+  const auto module_at = [&](const std::string& path, auto&& self) -> torch::jit::Module& {
+    if (const auto found = modules.find(path); found != modules.end()) return found->second;
+    const auto dot = path.rfind('.');
+    const std::string parent = dot == std::string::npos ? "" : path.substr(0, dot);
+    const std::string name = path.substr(dot == std::string::npos ? 0 : dot + 1);
+    std::string atom = path;
+    std::replace(atom.begin(), atom.end(), '.', '_');
+    torch::jit::Module module(c10::QualifiedName(c10::QualifiedName("__torch__.glam"), "Part_" + atom), unit);
+    self(parent, self).register_module(name, module);
+    return modules.emplace(path, module).first->second;
+  };
+  for (const auto& item : model->named_parameters()) {
+    const auto dot = item.key().rfind('.');
+    module_at(item.key().substr(0, dot), module_at)
+        .register_parameter(item.key().substr(dot + 1), item.value().detach(), /*is_buffer=*/false);
+  }
+}
+
+// self.layers.0.moe.wi as TorchScript can say it.
+std::string attribute_path(const std::string& name) {
+  std::string expression = "self";
+  std::istringstream parts(name);
+  for (std::string part; std::getline(parts, part, '.');) expression = "getattr(" + expression + ", \"" + part + "\")";
+  return expression;
+}
+
+std::string methods_source(const nn::GLaM& model) {
+  std::ostringstream source;
+  source << "def parameter_dict(self) -> Dict[str, Tensor]:\n    return {";
+  const char* separator = "";
+  for (const auto& item : model->named_parameters()) {
+    source << separator << "\"" << item.key() << "\": " << attribute_path(item.key());
+    separator = ", ";
+  }
+  source << "}\n" << R"(
+def forward(self, tokens: Tensor, segment_ids: Optional[Tensor]=None) -> Tensor:
+    return functional.forward(tokens, segment_ids, self.parameter_dict(), self.options, False, [0, 0, 0])
+
+def init_cache(self, batch: int, max_len: int) -> List[Tensor]:
+    return functional.init_cache(batch, max_len, self.parameter_dict(), self.options)
+
+def step(self, tokens: Tensor, cache: List[Tensor], positions: Tensor, lengths: Optional[Tensor]=None) -> Tuple[Tensor, List[Tensor]]:
+    if lengths is None:
+        lengths = torch.full_like(positions, tokens.size(1))
+    return functional.step(tokens, cache, positions, lengths, self.parameter_dict(), self.options)
+
+def generate(self, tokens: Tensor, lengths: Tensor, max_new_tokens: int, temperature: float=1.0, top_k: int=0, top_p: float=1.0, seed: int=0, stop_tokens: List[int]=[1]) -> Tuple[Tensor, Tensor]:
+    return functional.generate(tokens, lengths, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens, self.parameter_dict(), self.options)
+)";
+  return source.str();
+}
+
+[[noreturn]] void fail(const std::filesystem::path& file, const std::string& what) {
+  throw std::runtime_error("glam: " + file.string() + ": " + what);
+}
+
+}  // namespace
+
+torch::jit::Module to_torchscript(const nn::GLaM& model) {
+  const auto unit = std::make_shared<CompilationUnit>();
+  const Options options(model->config());
+  const auto options_type = options.type();
+  unit->define(c10::QualifiedName(jit::kFunctionalPrefix), kFunctionalSource, jit::make_resolver(options_type, nullptr),
+               nullptr);
+  torch::jit::Module root(c10::QualifiedName("__torch__.glam.GLaM"), unit);
+  add_parameters(root, model, unit);
+  root.register_attribute("options", options_type, options.value(options_type));
+  root.define(methods_source(model), jit::make_resolver(options_type, unit));
+  root.eval();
+  return root;
+}
+
+void export_torchscript(const nn::GLaM& model, const std::filesystem::path& file,
+                        const std::map<std::string, std::string>& extra_files) {
+  torch::jit::ExtraFilesMap extra(extra_files.begin(), extra_files.end());
+  extra["config.json"] = model->config().to_json(2);
+  extra["glam.json"] = nlohmann::json{{"format", kArchiveFormat}, {"glam_ext", version()}}.dump();
+  const torch::jit::Module module = to_torchscript(model);
+  const std::filesystem::path partial = file.string() + ".partial." + std::to_string(::getpid());
+  std::error_code ignored;
+  try {
+    module.save(partial.string(), extra);
+    std::filesystem::rename(partial, file);
+  } catch (const std::exception& error) {
+    std::filesystem::remove(partial, ignored);
+    fail(file, std::string("expected to write the archive, could not (is the folder there, and has the disk room?): ") +
+                   error.what());
+  }
+}
+
+Archive load_archive(const std::filesystem::path& file, const std::vector<std::string>& extra_file_names) {
+  if (!std::filesystem::exists(file)) fail(file, "expected an archive, found no file; write one with `glam export`");
+  torch::jit::ExtraFilesMap extra = {{"config.json", ""}, {"glam.json", ""}};
+  for (const auto& name : extra_file_names) extra[name] = "";
+  std::optional<torch::jit::Module> module;
+  try {
+    module = torch::jit::load(file.string(), torch::kCPU, extra);
+  } catch (const std::exception& error) {
+    fail(file, std::string("expected a TorchScript archive, could not read it (damaged, or another kind of file); export "
+                           "it again with `glam export`: ") + error.what());
+  }
+  const auto facts = nlohmann::json::parse(extra["glam.json"], nullptr, /*allow_exceptions=*/false);
+  if (!facts.is_object() || !facts.contains("format") || !facts["format"].is_number_integer()) {
+    fail(file, "expected an archive of glam_ext, got another one; export it with `glam export`");
+  }
+  if (facts["format"].get<int64_t>() > kArchiveFormat) {
+    fail(file, "expected format " + std::to_string(kArchiveFormat) + " or older, got " + facts["format"].dump() +
+                   "; use glam_ext " + facts.value("glam_ext", "of that format") + " or export it again with this one");
+  }
+  Archive archive{*module, GLaMConfig::from_json(extra["config.json"]), {}};
+  archive.extra_files.insert(extra.begin(), extra.end());
+  return archive;
+}
+
+}  // namespace glam

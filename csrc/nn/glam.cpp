@@ -1,0 +1,137 @@
+// The block and the whole model: embedding, blocks, final norm, tied output layer; forward, loss and cached step.
+
+#include <glam/nn.h>
+#include <glam/ops.h>
+#include <torch/torch.h>
+
+#include "nn/recompute.h"
+
+namespace glam::nn {
+
+BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device) {
+  attention_norm = register_module("attention_norm", Norm(config, device));
+  attention = register_module("attention", Attention(config, device));
+  ffn_norm = register_module("ffn_norm", Norm(config, device));
+  if (config.is_moe_layer(layer)) {
+    moe = register_module("moe", MoE(config, layer, device));
+  } else {
+    ffn = register_module("ffn", FeedForward(config, device));
+  }
+}
+
+BlockOutput BlockImpl::feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask,
+                                    const Randomness& random) {
+  const Tensor h_BSD = ffn_norm(x_BSD);
+  if (!moe) return {x_BSD + ffn(h_BSD), {}, {}, {}};
+  const MoEOutput out = moe(h_BSD, token_mask, random);
+  return {x_BSD + out.y_BSD, out.aux, out.router_z, out.statistics};
+}
+
+BlockOutput BlockImpl::forward(const Tensor& x_BSD, const std::optional<Tensor>& segment_ids,
+                               const std::optional<Tensor>& token_mask, const Randomness& random) {
+  return feed_forward(x_BSD + attention(attention_norm(x_BSD), segment_ids), token_mask, random);
+}
+
+Tensor BlockImpl::step(const Tensor& x_BND, Tensor k_cache, Tensor v_cache, const Tensor& positions,
+                       const Tensor& token_mask) {
+  const Tensor attended = attention->step(attention_norm(x_BND), k_cache, v_cache, positions);
+  return feed_forward(x_BND + attended, token_mask, {}).x_BSD;
+}
+
+GLaMImpl::GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed, torch::Device device) : config_(config) {
+  config_.validate();
+  embedding_ = register_module("embedding", Embedding(config, device));
+  layers_ = register_module("layers", torch::nn::ModuleList());
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) layers_->push_back(Block(config, layer, device));
+  final_norm_ = register_module("final_norm", Norm(config, device));
+  if (!config.tie_embedding) output_ = register_module("output", Embedding(config, device));
+  if (seed) initialize(*this, *seed);
+}
+
+Tensor GLaMImpl::embed(const Tensor& tokens) const {
+  return to_compute_dtype(glam::embedding(tokens, embedding_->weight), config_.compute_dtype);
+}
+
+const Tensor& GLaMImpl::output_table() const { return config_.tie_embedding ? embedding_->weight : output_->weight; }
+
+Tensor GLaMImpl::output_logits(const Tensor& h) const {
+  const Tensor& table_VD = output_table();
+  const Tensor logits = linear_wide(h, table_VD.t()) * std::pow(static_cast<double>(config_.model_dim), -0.5);
+  return config_.logit_cap > 0 ? torch::tanh(logits / config_.logit_cap) * config_.logit_cap : logits;
+}
+
+GLaMImpl::Hidden GLaMImpl::hidden_states(const Tensor& tokens, const std::optional<Tensor>& segment_ids,
+                                         const Randomness& random) {
+  TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == torch::kLong,
+              "glam::GLaM: expected tokens to be Long [B, S], got ", tokens.scalar_type(), " ", tokens.sizes());
+  Tensor x_BSD = embed(tokens);
+  std::optional<Tensor> token_mask;
+  if (segment_ids) token_mask = segment_ids->flatten() != 0;
+  Hidden hidden;
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    BlockImpl& block = layers_->at<BlockImpl>(layer);
+    const bool recompute = config_.recompute && is_training() && torch::GradMode::is_enabled();
+    const BlockOutput out = recompute ? forward_with_recompute(block, x_BSD, segment_ids, token_mask, random)
+                                      : block.forward(x_BSD, segment_ids, token_mask, random);
+    x_BSD = out.x_BSD;
+    if (!out.aux.defined()) continue;
+    hidden.aux.push_back(out.aux);
+    hidden.router_z.push_back(out.router_z);
+    hidden.statistics.push_back(out.statistics);
+  }
+  hidden.h_BSD = final_norm_(x_BSD);
+  return hidden;
+}
+
+Tensor GLaMImpl::forward(const Tensor& tokens, const std::optional<Tensor>& segment_ids, const Randomness& random) {
+  return output_logits(hidden_states(tokens, segment_ids, random).h_BSD);
+}
+
+Loss GLaMImpl::loss(const Tensor& tokens, const Tensor& targets, const std::optional<Tensor>& weights,
+                    const std::optional<Tensor>& segment_ids, const Randomness& random) {
+  const Hidden hidden = hidden_states(tokens, segment_ids, random);
+  std::optional<Tensor> weights_T;
+  if (weights) weights_T = weights->flatten();
+  const auto [loss_sum, nll_T, lse_T] = linear_cross_entropy(
+      hidden.h_BSD.flatten(0, 1), output_table(), targets.flatten(), weights_T,
+      std::pow(static_cast<double>(config_.model_dim), -0.5), config_.z_loss, config_.label_smoothing,
+      config_.logit_cap);
+  const Tensor num_tokens = weights       ? (*weights != 0).sum()
+                            : segment_ids ? (*segment_ids != 0).sum()
+                                          : torch::full({}, tokens.numel(), tokens.options());
+  Loss loss{loss_sum, torch::zeros_like(loss_sum), torch::zeros_like(loss_sum), nll_T.view(targets.sizes()), num_tokens,
+            torch::zeros({0, config_.num_experts + 6}, tokens.options())};
+  if (hidden.aux.empty()) return loss;
+  loss.aux = torch::stack(hidden.aux).sum();
+  if (config_.aux_loss_reduction == "mean") loss.aux = loss.aux / static_cast<double>(hidden.aux.size());
+  loss.router_z = torch::stack(hidden.router_z).sum();
+  loss.router_statistics = torch::stack(hidden.statistics);
+  return loss;
+}
+
+std::vector<Tensor> GLaMImpl::init_cache(int64_t batch, int64_t max_len) const {
+  const Tensor& table = embedding_->weight;
+  const auto dtype = to_compute_dtype(torch::empty({0}, table.options()), config_.compute_dtype).scalar_type();
+  std::vector<Tensor> cache;
+  for (int64_t i = 0; i < 2 * config_.num_layers; ++i) {
+    cache.push_back(torch::zeros({batch, max_len, config_.num_heads, config_.head_dim}, table.options().dtype(dtype)));
+  }
+  return cache;
+}
+
+Tensor GLaMImpl::step(const Tensor& tokens, const std::vector<Tensor>& cache, const Tensor& positions,
+                      const Tensor& lengths) {
+  TORCH_CHECK(static_cast<int64_t>(cache.size()) == 2 * config_.num_layers, "glam::GLaM.step: expected a cache of ",
+              2 * config_.num_layers, " tensors (init_cache makes one), got ", cache.size());
+  Tensor x_BND = embed(tokens);
+  const Tensor new_N = torch::arange(tokens.size(1), torch::device(tokens.device()));
+  const Tensor token_mask = ((new_N < lengths.unsqueeze(1)) & (positions >= 0).unsqueeze(1)).flatten();
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    x_BND = layers_->at<BlockImpl>(layer).step(x_BND, cache[2 * layer], cache[2 * layer + 1], positions, token_mask);
+  }
+  const Tensor last =
+      (lengths.to(torch::kLong) - 1).clamp_min(0).view({-1, 1, 1}).expand({-1, 1, config_.model_dim});
+  return output_logits(final_norm_(x_BND.gather(1, last).squeeze(1)));
+}
+
+}  // namespace glam::nn

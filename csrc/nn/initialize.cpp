@@ -1,0 +1,76 @@
+// Initial values. Each number depends on (seed, parameter name, expert id, index within the matrix) alone: any layout of
+// experts over ranks and both languages start from the same model.
+//
+// Standard deviations: embedding 1; q (D A)^-0.5, which stands in for the missing 1/sqrt(A) of the logits; k, v D^-0.5;
+// o (H A)^-0.5; relative_bias (32 H)^-0.5, all normal; feed-forward matrices and the router uniform on +-sqrt(3 / fan_in).
+// Norm scales are 1. Source: google/praxis attentions.py, transformers.py and tensorflow/lingvo gshard_builder.py.
+
+#include <glam/nn.h>
+#include <glam/ops.h>
+#include <torch/torch.h>
+
+#include <cmath>
+#include <string_view>
+
+namespace glam::nn {
+namespace {
+
+// FNV-1a: a stable 64-bit stream number of a name.
+int64_t stream_of(std::string_view name) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return static_cast<int64_t>(hash);
+}
+
+struct Distribution {
+  bool normal;
+  double scale;  // standard deviation, or half the width
+};
+
+void fill(Tensor values, const Distribution& distribution, int64_t seed, const std::string& name) {
+  const Tensor index = torch::arange(values.numel(), torch::device(values.device()));
+  const Tensor first = counter_uniform(seed, stream_of(name), index).to(torch::kDouble);
+  Tensor numbers;
+  if (distribution.normal) {  // Box-Muller
+    const Tensor second = counter_uniform(seed, stream_of(name + "#angle"), index).to(torch::kDouble);
+    numbers = torch::sqrt(torch::log1p(-first) * -2.) * torch::cos(second * (2. * M_PI));
+  } else {
+    numbers = first * 2. - 1.;
+  }
+  values.copy_((numbers * distribution.scale).view(values.sizes()));
+}
+
+std::optional<Distribution> distribution_of(const std::string& name, const Tensor& value, const GLaMConfig& config) {
+  const std::string leaf = name.substr(name.rfind('.') + 1);
+  if (leaf == "scale") return std::nullopt;
+  const double D = static_cast<double>(config.model_dim), H = static_cast<double>(config.num_heads);
+  const double A = static_cast<double>(config.head_dim);
+  if (leaf == "weight") return Distribution{true, 1.};
+  if (leaf == "q") return Distribution{true, std::pow(D * A, -0.5)};
+  if (leaf == "k" || leaf == "v") return Distribution{true, std::pow(D, -0.5)};
+  if (leaf == "o") return Distribution{true, std::pow(H * A, -0.5)};
+  if (leaf == "relative_bias") return Distribution{true, std::pow(32. * H, -0.5)};
+  return Distribution{false, std::sqrt(3. / static_cast<double>(value.size(-2)))};  // feed-forward and router
+}
+
+}  // namespace
+
+void initialize(GLaMImpl& model, int64_t seed) {
+  const torch::NoGradGuard no_grad;
+  for (const auto& item : model.named_parameters()) {
+    const Tensor& value = item.value();
+    if (value.is_meta()) continue;
+    const auto distribution = distribution_of(item.key(), value, model.config());
+    if (!distribution) {
+      value.fill_(1);
+    } else if (value.dim() == 3) {
+      for (int64_t e = 0; e < value.size(0); ++e) {
+        fill(value[e], *distribution, seed, item.key() + "#" + std::to_string(e));
+      }
+    } else {
+      fill(value, *distribution, seed, item.key());
+    }
+  }
+}
+
+}  // namespace glam::nn

@@ -1,0 +1,119 @@
+// The layers of GLaM: norms, attention, dense GEGLU feed-forward, mixture of experts. Shells over the ops; the wiring and
+// its order are those of glam_ext/functional.py.
+
+#include <glam/nn.h>
+#include <glam/ops.h>
+#include <torch/torch.h>
+
+namespace glam::nn {
+namespace {
+
+Tensor parameter(torch::nn::Module& module, const char* name, at::IntArrayRef sizes, torch::Device device) {
+  return module.register_parameter(name, torch::empty(sizes, torch::dtype(torch::kFloat).device(device)));
+}
+
+// The counter stream of one layer's noise (0) or jitter (1) in one step.
+int64_t stream_of(const Randomness& random, const GLaMConfig& config, int64_t layer, int64_t use) {
+  return (random.step * config.num_layers + layer) * 2 + use;
+}
+
+}  // namespace
+
+NormImpl::NormImpl(const GLaMConfig& config, torch::Device device) : eps(config.norm_eps) {
+  scale = parameter(*this, "scale", {config.model_dim}, device);
+}
+
+Tensor NormImpl::forward(const Tensor& x) { return glam::rms_norm(x, scale, eps); }
+
+EmbeddingImpl::EmbeddingImpl(const GLaMConfig& config, torch::Device device) {
+  weight = parameter(*this, "weight", {config.vocab_size, config.model_dim}, device);
+}
+
+AttentionImpl::AttentionImpl(const GLaMConfig& config, torch::Device device)
+    : num_heads_(config.num_heads), head_dim_(config.head_dim), extra_logit_(config.attention_extra_logit),
+      logit_cap_(config.attention_logit_cap) {
+  const int64_t D = config.model_dim, width = config.num_heads * config.head_dim;
+  q = parameter(*this, "q", {D, width}, device);
+  k = parameter(*this, "k", {D, width}, device);
+  v = parameter(*this, "v", {D, width}, device);
+  o = parameter(*this, "o", {width, D}, device);
+  relative_bias = parameter(*this, "relative_bias", {config.num_heads, 32}, device);
+}
+
+Tensor AttentionImpl::heads(const Tensor& h, const Tensor& weight) const {
+  return glam::linear(h, weight).view({h.size(0), h.size(1), num_heads_, head_dim_});
+}
+
+Tensor AttentionImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& segment_ids) {
+  const Tensor y_BSHA = relative_attention(heads(h_BSD, q), heads(h_BSD, k), heads(h_BSD, v), relative_bias,
+                                           segment_ids, extra_logit_, logit_cap_);
+  return glam::linear(y_BSHA.flatten(2), o);
+}
+
+Tensor AttentionImpl::step(const Tensor& h_BND, Tensor k_cache, Tensor v_cache, const Tensor& positions) {
+  const Tensor y_BNHA = relative_attention_step(heads(h_BND, q), heads(h_BND, k), heads(h_BND, v), k_cache, v_cache,
+                                                positions, relative_bias, extra_logit_, logit_cap_);
+  return glam::linear(y_BNHA.flatten(2), o);
+}
+
+FeedForwardImpl::FeedForwardImpl(const GLaMConfig& config, torch::Device device) {
+  w0 = parameter(*this, "w0", {config.model_dim, config.hidden_dim}, device);
+  w1 = parameter(*this, "w1", {config.model_dim, config.hidden_dim}, device);
+  wo = parameter(*this, "wo", {config.hidden_dim, config.model_dim}, device);
+}
+
+Tensor FeedForwardImpl::forward(const Tensor& h_BSD) { return geglu_mlp(h_BSD, w0, w1, wo); }
+
+MoEImpl::MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device) : config_(config), layer_(layer) {
+  const int64_t D = config.model_dim, F = config.hidden_dim, E = config.num_experts;
+  router = parameter(*this, "router", {D, E}, device);
+  wi = parameter(*this, "wi", {E, D, F}, device);
+  wo = parameter(*this, "wo", {E, F, D}, device);
+  if (config.expert_activation == "geglu") wg = parameter(*this, "wg", {E, D, F}, device);
+}
+
+Tensor MoEImpl::router_logits(const Tensor& h_TD, const Randomness& random) {
+  Tensor h = h_TD.scalar_type() == torch::kDouble ? h_TD : h_TD.to(torch::kFloat);
+  if (is_training() && config_.router_jitter > 0) {
+    const Tensor index = torch::arange(h.numel(), torch::device(h.device())).view(h.sizes()) +
+                         random.first_token * h.size(1);
+    const Tensor uniform = counter_uniform(random.seed, stream_of(random, config_, layer_, 1), index);
+    h = h * ((uniform * 2. - 1.) * config_.router_jitter + 1.);
+  }
+  Tensor z_TE = glam::linear(h, router);
+  const double cap = config_.router_logit_cap;
+  if (cap > 0) z_TE = torch::tanh(z_TE / cap) * cap;
+  return z_TE;
+}
+
+std::optional<Tensor> MoEImpl::noise(const Tensor& z_TE, const Randomness& random) {
+  if (!is_training() || config_.second_policy == "all") return std::nullopt;
+  const int64_t stream = stream_of(random, config_, layer_, 0);
+  const auto options = torch::device(z_TE.device());
+  if (config_.second_policy == "random") {
+    return counter_uniform(random.seed, stream, torch::arange(z_TE.size(0), options) + random.first_token);
+  }
+  return counter_uniform(random.seed, stream,
+                         torch::arange(z_TE.numel(), options).view(z_TE.sizes()) + random.first_token * z_TE.size(1));
+}
+
+MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, const Randomness& random) {
+  const Tensor h_TD = h_BSD.flatten(0, 1);
+  const Tensor z_TE = router_logits(h_TD, random);
+  const int64_t group_size = config_.group_size == 0    ? h_BSD.size(1)
+                             : config_.group_size == -1 ? h_TD.size(0)
+                                                        : config_.group_size;
+  const auto [gates, expert_ids, positions, aux_G] =
+      top2_gating(z_TE, token_mask, noise(z_TE, random), group_size, config_.capacity(group_size, is_training()),
+                  is_training() ? config_.second_policy : "all", config_.second_threshold,
+                  config_.normalize_before_capacity);
+  const auto [row_of_choice, choice_of_row, offsets] = routing_plan(expert_ids, positions, config_.num_experts);
+  const Tensor y_TD = moe_mlp(h_TD, gates, row_of_choice, choice_of_row, offsets, wi, wo,
+                              wg.defined() ? std::optional<Tensor>(wg) : std::nullopt, config_.expert_activation);
+  Tensor lse_T = torch::logsumexp(z_TE, 1);
+  if (token_mask) lse_T = torch::where(*token_mask, lse_T, torch::zeros_like(lse_T));
+  return {y_TD.view(h_BSD.sizes()), aux_G.mean(), (lse_T * lse_T).sum(),
+          router_statistics(expert_ids, positions, config_.num_experts)};
+}
+
+}  // namespace glam::nn
