@@ -14,6 +14,20 @@ class TestLinear(levels.OpTests):
     op = samples.LINEAR
 
 
+class TestLinearWide(levels.OpTests):
+    """The same product, kept in float32 for bfloat16 activations."""
+
+    op = samples.LINEAR_WIDE
+
+
+def test_wide_is_not_rounded() -> None:
+    x, weight = samples.LINEAR.find("small", torch.bfloat16, "T=6 D=5 F=7").args
+    wide, narrow = torch.ops.glam.linear_wide(x, weight), torch.ops.glam.linear(x, weight)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.bfloat16(), narrow)
+    assert not torch.equal(wide, narrow.float())
+
+
 def test_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 10.0, 100.0], [2.0, 20.0, 200.0]], requires_grad=True)

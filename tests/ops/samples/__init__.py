@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .attention import RELATIVE_ATTENTION, RELATIVE_ATTENTION_STEP, REORDER_CACHE
 from .base import LEVELS, Op, Sample
-from .dense import EMBEDDING, GEGLU_MLP, LINEAR, LINEAR_CROSS_ENTROPY, RMS_NORM
+from .dense import EMBEDDING, GEGLU_MLP, LINEAR, LINEAR_CROSS_ENTROPY, LINEAR_WIDE, RMS_NORM
 from .gating import TOP2_GATING
 from .routing import COMBINE, DISPATCH, EXCHANGE, EXPERT_MLP, MOE_MLP, ROUTING_PLAN
 
@@ -21,6 +21,7 @@ OPS = (
     EXPERT_MLP,
     MOE_MLP,
     LINEAR,
+    LINEAR_WIDE,
     GEGLU_MLP,
     RMS_NORM,
     EMBEDDING,

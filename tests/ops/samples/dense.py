@@ -87,6 +87,9 @@ def cut_first(args: Args, i: int) -> Args:
 
 
 LINEAR = Op("linear", one_output(routing.linear), _linear_samples, weights=(1,), alone=cut_first, row=first_dim_row)
+LINEAR_WIDE = Op(
+    "linear_wide", one_output(routing.linear), _linear_samples, weights=(1,), alone=cut_first, row=first_dim_row
+)
 GEGLU_MLP = Op(
     "geglu_mlp", one_output(routing.geglu_mlp), _geglu_samples, weights=(1, 2, 3), alone=cut_first, row=first_dim_row
 )
