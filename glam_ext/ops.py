@@ -131,3 +131,105 @@ def exchange(rows: Tensor, out_splits: Sequence[int] = (), in_splits: Sequence[i
         [sum(out_splits), ...].
     """
     return torch.ops.glam.exchange(rows, list(out_splits), list(in_splits), group)
+
+
+# --- products and feed-forward networks: weights are rounded to x's dtype where they enter a product
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., D_in] times weight [D_in, D_out], in x's dtype.
+
+    A row of the result depends on that row and the weight alone, to the bit: not on the batch or the threads. The
+    weight's gradient has the weight's dtype.
+    """
+    return torch.ops.glam.linear(x, weight)
+
+
+def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear`, with the sums left in float32 (float64 for float64 x)."""
+    return torch.ops.glam.linear_wide(x, weight)
+
+
+def expert_mlp(
+    rows: Tensor, offsets: Tensor, wi: Tensor, wo: Tensor, wg: Tensor | None = None, activation: str = "relu"
+) -> Tensor:
+    """The experts' two-layer networks, each on its segment of rows: `act(rows wi[e]) wo[e]`.
+
+    Args:
+        rows: [R, D], ordered by segment.
+        offsets: int32 [segments + 1]; segment s holds rows offsets[s] to offsets[s + 1] and uses expert s mod E. Rows
+            after the last segment give zeros.
+        wi, wo: [E, D, F] and [E, F, D].
+        wg: [E, D, F], with "geglu" only: `(gelu(rows wg[e]) * (rows wi[e])) wo[e]`.
+        activation: "relu", "gelu" (the tanh form) or "geglu".
+
+    Returns: [R, D]. Sources: GShard (arXiv 2006.16668) section 3.2; arXiv 2002.05202 for geglu.
+    """
+    return torch.ops.glam.expert_mlp(rows, offsets, wi, wo, wg, activation)
+
+
+def moe_mlp(
+    x: Tensor,
+    gates: Tensor,
+    row_of_choice: Tensor,
+    choice_of_row: Tensor,
+    offsets: Tensor,
+    wi: Tensor,
+    wo: Tensor,
+    wg: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """`combine(expert_mlp(dispatch(x)))` in one op for one process, without the rows in between.
+
+    x [T, D]; gates [T, K] float32 (float64 with float64 x); row_of_choice, choice_of_row and offsets from
+    `routing_plan`; weights as in `expert_mlp`. Saves x, the pre-activations and the plan for the backward.
+    """
+    return torch.ops.glam.moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation)
+
+
+def geglu_mlp(x: Tensor, w0: Tensor, w1: Tensor, wo: Tensor) -> Tensor:
+    """`(gelu(x w0) * (x w1)) wo` with the tanh GELU (arXiv 2002.05202). x [..., D]; w0, w1 [D, F]; wo [F, D]."""
+    return torch.ops.glam.geglu_mlp(x, w0, w1, wo)
+
+
+# --- loss and router statistics
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    embedding: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_cap: float = 0.0,
+    vocab_start: int = 0,
+    group: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of logits `scale * hidden embedding^T` that never exist as [T, V].
+
+    Args:
+        hidden: [T, D].
+        embedding: [V, D]; with `group` the rows of a split vocabulary from `vocab_start` on, equally many on each rank.
+        targets: int64 [T] in [0, V).
+        weights: [T] float32 (float64 with float64 hidden), 0 for padding; None: all 1.
+        z_loss: adds z_loss * lse^2 to a token's loss.
+        label_smoothing: the share of the target spread evenly over the vocabulary.
+        logit_cap: c > 0 passes logits through c * tanh(logit / c).
+
+    Returns: loss_sum [] (weighted; the only differentiable one: a gradient at the others raises), nll [T] (unweighted,
+    without z-loss and smoothing) and lse [T], float32 (float64 for float64).
+    """
+    return torch.ops.glam.linear_cross_entropy(
+        hidden, embedding, targets, weights, scale, z_loss, label_smoothing, logit_cap, vocab_start, group
+    )
+
+
+def router_statistics(expert_ids: Tensor, positions: Tensor, num_experts: int) -> Tensor:
+    """int64 [E + 6] counts from `top2_gating`'s expert_ids and positions.
+
+    Rows of each expert, first choices over capacity, second choices over capacity, tokens with 0, 1 and 2 rows, real
+    tokens: they add up over micro-batches and ranks.
+    """
+    return torch.ops.glam.router_statistics(expert_ids, positions, num_experts)
