@@ -1,0 +1,47 @@
+"""What the benchmarks share: a header that says what ran where, and timings that alternate between the contenders."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+import glam_ext
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    result.add_argument("--repeats", type=int, default=7)
+    return result
+
+
+def print_header() -> None:
+    """CPU, instruction sets in use and page policy: a ratio means something only beside these."""
+    info = glam_ext.build_info()
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    pages = "huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "default pages"
+    print(f"{cpu}; torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}); {pages}; build {info}")
+
+
+def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each; they take turns, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
