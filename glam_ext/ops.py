@@ -233,3 +233,189 @@ def router_statistics(expert_ids: Tensor, positions: Tensor, num_experts: int) -
     tokens: they add up over micro-batches and ranks.
     """
     return torch.ops.glam.router_statistics(expert_ids, positions, num_experts)
+
+
+# --- norm, embedding and attention
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * scale over the last dimension, computed in float32 (float64 for float64).
+
+    Args:
+        x: [..., D]; the result has its shape and dtype.
+        scale: [D], float32 or x's dtype; its gradient has its dtype.
+    """
+    return torch.ops.glam.rms_norm(x, scale, eps)
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """[..., D]: row ids[...] of table [V, D], in the table's dtype.
+
+    ids are int64 or int32 of any shape; one outside [0, V) raises on the CPU. The table's gradient is dense.
+    """
+    return torch.ops.glam.embedding(ids, table)
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    segment_ids: Tensor | None = None,
+    extra_logit: bool = True,
+    logit_cap: float = 0.0,
+) -> Tensor:
+    """Causal attention with T5's bucketed relative bias and without 1/sqrt(A); never [S, S] in memory.
+
+    Args:
+        q, k, v: [B, S, H, A] of one dtype, which the result [B, S, H, A] has too.
+        bias: [H, 32], one number per bucket of the distance, float32 or q's dtype.
+        segment_ids: [B, S] int32. A position attends to its own segment; 0 is padding: not attended to, output 0.
+        extra_logit: the denominator of every softmax has an extra exp(0).
+        logit_cap: logits l become cap * tanh(l / cap); 0: as they are.
+    """
+    return torch.ops.glam.relative_attention(q, k, v, bias, segment_ids, extra_logit, logit_cap)
+
+
+def relative_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    bias: Tensor,
+    extra_logit: bool = True,
+    logit_cap: float = 0.0,
+) -> Tensor:
+    """`relative_attention` of N new tokens per row over caches, which receive their k and v in place.
+
+    The same bits as without a cache, however a row is cut into pieces. Not differentiable.
+
+    Args:
+        q, k, v: [B, N, H, A].
+        k_cache, v_cache: [B, L, H, A] in q's dtype.
+        positions: [B] int32, the index of each row's first new token; -1: a finished row, nothing is written and its
+            output is 0. A row without room for N tokens raises on the CPU.
+    """
+    return torch.ops.glam.relative_attention_step(q, k, v, k_cache, v_cache, positions, bias, extra_logit, logit_cap)
+
+
+def reorder_cache_(cache: Tensor, beams: Tensor) -> None:
+    """cache[b] = old cache[beams[b]], in place and without a second copy. cache [B, ...], beams int64 [B]."""
+    torch.ops.glam.reorder_cache_(cache, beams)
+
+
+# --- random numbers and sampling
+
+
+def counter_uniform(seed: int, stream: int, index: Tensor) -> Tensor:
+    """Numbers in [0, 1), float32 in index's shape: a function of seed, stream and index (int64) alone.
+
+    The first word of Philox 4x32-10 with key `seed` and counter (index, stream), its upper 24 bits over 2^24.
+    """
+    return torch.ops.glam.counter_uniform(seed, stream, index)
+
+
+def sample_logits(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """One token per row, int64 [B], by the inverse of the distribution function.
+
+    Args:
+        logits: [B, V] float32 or float64; -inf forbids a token, NaN raises on the CPU.
+        uniform: [B] float32 in [0, 1), for instance from `counter_uniform`.
+        temperature: logits are divided by it; 0 takes the largest logit, the lowest index among equals.
+        top_k: only the k largest logits stay (lower indices first among equals); 0: all.
+        top_p: of these, the fewest that hold at least top_p of the probability.
+    """
+    return torch.ops.glam.sample_logits(logits, uniform, temperature, top_k, top_p)
+
+
+# --- optimiser steps: what glam_ext.optim is made of
+
+
+def adafactor_sums(grad: Tensor, weight: Tensor, factored: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums an Adafactor update of weight [..., R, C] begins with; shards of a split parameter are added.
+
+    Returns:
+        row_sums [..., R] and col_sums [..., C] of grad^2 (empty unless factored), weight_squares [] float64.
+    """
+    return torch.ops.glam.adafactor_sums(grad, weight, factored)
+
+
+def adafactor_stats_(
+    row_var: Tensor,
+    col_var: Tensor | None,
+    grad: Tensor,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    step: Tensor,
+    skip: Tensor | None,
+    num_rows: int,
+    num_cols: int,
+    decay: float = -0.8,
+    eps: float = 1e-30,
+) -> tuple[Tensor, Tensor]:
+    """Moves the second moments by the sums: rho = 1 - (step + 1)^decay of the old, 1 - rho of mean(grad^2) + eps.
+
+    Args:
+        row_var, col_var: [..., R] and [..., C]; or the full variance and None.
+        step: [] int64, updates applied before.
+        skip: [] bool or None; where it is true nothing changes.
+        num_rows, num_cols: R and C of the whole parameter (1 and 1 if not factored).
+
+    Returns:
+        row_totals [N], the sums of row_var, and scaled_squares [N], those of grad^2 / (row_var col_var), float64, for
+        the N matrices; not factored: [1], 1 and the sum of grad^2 / variance.
+    """
+    return torch.ops.glam.adafactor_stats_(
+        row_var, col_var, grad, row_sums, col_sums, step, skip, num_rows, num_cols, decay, eps
+    )
+
+
+def adafactor_apply_(
+    weight: Tensor,
+    grad: Tensor,
+    row_var: Tensor,
+    col_var: Tensor | None,
+    row_means: Tensor,
+    weight_squares: Tensor,
+    update_squares: Tensor,
+    lr: Tensor,
+    skip: Tensor | None,
+    num_elements: int,
+    clipping: float = 1.0,
+    min_scale: float = 1e-3,
+) -> None:
+    """weight -= lr * max(RMS(weight), min_scale) * u / max(1, RMS(u) / clipping), u being grad over its root moments.
+
+    Args:
+        row_means: [N] float64, row_totals / num_rows.
+        weight_squares, update_squares: [] float64; the latter is the sum of row_means * scaled_squares.
+        lr: scalar tensor.
+        skip: as above.
+        num_elements: of the whole parameter.
+    """
+    torch.ops.glam.adafactor_apply_(
+        weight,
+        grad,
+        row_var,
+        col_var,
+        row_means,
+        weight_squares,
+        update_squares,
+        lr,
+        skip,
+        num_elements,
+        clipping,
+        min_scale,
+    )
+
+
+def squared_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of x^2 as float64 [] in a fixed order, and bool []: some square is infinite or NaN in its dtype.
+
+    bfloat16 is squared in float32.
+    """
+    return torch.ops.glam.squared_norm(x)
