@@ -41,7 +41,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.built
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info glam_ext/lib glam_ext/include glam_ext/share glam_ext/_C*.so $(VENV)/.built
@@ -55,7 +55,7 @@ $(VENV)/.created:
 
 $(VENV)/.tools: $(VENV)/.created Makefile
 	@echo "installing $(TORCH) and the build tools into $(VENV)"
-	$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja nlohmann-json $(TORCH)
+	$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja nlohmann-json numpy $(TORCH)
 	touch $@
 
 # The first build goes through pip, which also installs what the package, its tests and the linters need; after that a
