@@ -29,9 +29,16 @@ class Ranking {
   int64_t operator[](int64_t rank) {
     while (rank >= sorted_) {
       const int64_t end = std::min<int64_t>(std::max(kFirstSorted, 4 * sorted_), order_.size());
-      std::partial_sort(order_.begin() + sorted_, order_.begin() + end, order_.end(), [this](int64_t a, int64_t b) {
+      const auto better = [this](int64_t a, int64_t b) {
         return logits_[a] != logits_[b] ? logits_[a] > logits_[b] : a < b;
-      });
+      };
+      const auto first = order_.begin() + sorted_, last = order_.begin() + end;
+      if (sorted_ == 0) {
+        std::partial_sort(first, last, order_.end(), better);  // few of many: usually enough
+      } else {
+        if (last != order_.end()) std::nth_element(first, last, order_.end(), better);
+        std::sort(first, last, better);
+      }
       sorted_ = end;
     }
     return order_[rank];

@@ -26,23 +26,26 @@ void forward(const void* x, Type type, const T* scale, T eps, int64_t rows, int6
   }
 }
 
-// With n = x / rms:  grad_x = (grad * scale - n * mean(grad * scale * n)) / rms,  grad_scale = sum of grad * n.
+// With r = 1 / rms and s = grad * scale:  grad_x = r s - r^3 x mean(s x),  grad_scale = sum of grad * r x.
+// The two terms of grad_x nearly cancel where s is close to a multiple of x, hence the doubles.
 template <class T>
 void backward(const void* grad, const void* x, Type type, const T* scale, T eps, int64_t rows, int64_t D, void* grad_x,
               T* grad_scale, T* scratch) {
-  T *const normed = scratch, *const incoming = scratch + D;
+  T *const input = scratch, *const incoming = scratch + D;
   for (int64_t d = 0; d < D; ++d) grad_scale[d] = T(0);
   for (int64_t i = 0; i < rows; ++i) {
-    load_values(advance(x, type, i * D), type, D, normed);
+    load_values(advance(x, type, i * D), type, D, input);
     load_values(advance(grad, type, i * D), type, D, incoming);
-    const T root = reciprocal_root(normed, D, eps);
-    for (int64_t d = 0; d < D; ++d) normed[d] *= root;
-    for (int64_t d = 0; d < D; ++d) grad_scale[d] += incoming[d] * normed[d];
-    for (int64_t d = 0; d < D; ++d) incoming[d] *= scale[d];
-    LaneSums<T> products;
-    products.add(D, [&](int64_t d) { return incoming[d] * normed[d]; });
-    const T mean = products.total() / static_cast<T>(D);
-    for (int64_t d = 0; d < D; ++d) incoming[d] = (incoming[d] - normed[d] * mean) * root;
+    LaneSums<double> squares, products;
+    squares.add(D, [&](int64_t d) { return static_cast<double>(input[d]) * input[d]; });
+    products.add(D, [&](int64_t d) { return static_cast<double>(incoming[d]) * scale[d] * input[d]; });
+    const double root = 1 / std::sqrt(squares.total() / static_cast<double>(D) + eps);
+    const double along_x = root * root * products.total() / static_cast<double>(D);
+    const T root_T = static_cast<T>(root);
+    for (int64_t d = 0; d < D; ++d) grad_scale[d] += incoming[d] * (input[d] * root_T);
+    for (int64_t d = 0; d < D; ++d) {
+      incoming[d] = static_cast<T>(root * (static_cast<double>(incoming[d]) * scale[d] - input[d] * along_x));
+    }
     store_values(incoming, D, advance(grad_x, type, i * D), type);
   }
 }
