@@ -40,18 +40,19 @@ void multiply_block(const Tensor& hidden, const Tensor& embedding, int64_t colum
                   });
 }
 
-void check_targets(const Tensor& targets, int64_t vocab_start, int64_t vocabulary) {
+void check_targets(const Tensor& targets, int64_t vocabulary) {
   const auto* values = targets.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < targets.numel(); ++i) {
-    TORCH_CHECK(values[i] >= 0 && (vocab_start > 0 || values[i] < vocabulary), kOp, ": expected targets in [0, V) with V = ",
+    TORCH_CHECK(values[i] >= 0 && values[i] < vocabulary, kOp, ": expected targets in [0, V) with V = ",
                 vocabulary, " (give padding a valid id and weight 0), got ", values[i], " at ", i);
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> vocabulary_statistics(const Tensor& hidden_, const Tensor& embedding_,
                                                          const Tensor& targets_, double scale, double logit_cap,
-                                                         int64_t vocab_start) {
+                                                         int64_t vocab_start, int64_t vocabulary) {
   const Tensor hidden = hidden_.contiguous(), embedding = embedding_.contiguous(), targets = targets_.contiguous();
+  check_targets(targets, vocabulary);
   const auto options = hidden.options().dtype(accumulation_dtype(hidden.scalar_type()));
   const int64_t num_tokens = hidden.size(0);
   const Tensor maximum = at::full({num_tokens}, -std::numeric_limits<double>::infinity(), options);
@@ -150,17 +151,10 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(
   return {grad_hidden.to(hidden.scalar_type()), grad_embedding};
 }
 
-std::tuple<Tensor, Tensor, Tensor> checked_statistics(const Tensor& hidden, const Tensor& embedding,
-                                                      const Tensor& targets, double scale, double logit_cap,
-                                                      int64_t vocab_start) {
-  check_targets(targets.contiguous(), vocab_start, embedding.size(0));
-  return vocabulary_statistics(hidden, embedding, targets, scale, logit_cap, vocab_start);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(glam, CPU, m) {
-  m.impl("_vocabulary_statistics", checked_statistics);
+  m.impl("_vocabulary_statistics", vocabulary_statistics);
   m.impl("_cross_entropy_sum", cross_entropy_sum);
   m.impl("_linear_cross_entropy_backward", linear_cross_entropy_backward);
 }

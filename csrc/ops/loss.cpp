@@ -27,7 +27,7 @@ constexpr auto kOp = "glam::linear_cross_entropy";
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using LossSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, double,
                              double, double, SymInt, c10::string_view);
-using StatisticsSignature = Triple(const Tensor&, const Tensor&, const Tensor&, double, double, SymInt);
+using StatisticsSignature = Triple(const Tensor&, const Tensor&, const Tensor&, double, double, SymInt, SymInt);
 using SumSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                                 double, double, SymInt);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -80,15 +80,15 @@ struct Forward {
 
 Forward compute(const Tensor& hidden, const Tensor& embedding, const Tensor& targets, const OptionalTensor& weights,
                 const Options& options) {
+  const SymInt vocabulary = embedding.sym_size(0) * collectives::group_size(options.group);
   auto [lse, target_logit, logit_sum] = statistics_op().call(hidden, embedding, targets, options.scale,
-                                                             options.logit_cap, options.vocab_start);
+                                                             options.logit_cap, options.vocab_start, vocabulary);
   if (!options.group.empty()) {
     const Tensor largest = collectives::all_reduce(lse, "max", options.group);
     lse = at::log(collectives::all_reduce(at::exp(lse.sub(largest)), "sum", options.group)).add(largest);
     target_logit = collectives::all_reduce(target_logit, "sum", options.group);
     logit_sum = collectives::all_reduce(logit_sum, "sum", options.group);
   }
-  const SymInt vocabulary = embedding.sym_size(0) * collectives::group_size(options.group);
   auto [loss_sum, nll] =
       sum_op().call(lse, target_logit, logit_sum, weights, options.z_loss, options.label_smoothing, vocabulary);
   return {loss_sum, nll, lse};
@@ -146,7 +146,7 @@ Triple loss_below_autograd(const Tensor& hidden, const Tensor& embedding, const 
 Tensor per_token(const Tensor& hidden) {
   return at::empty_symint({hidden.sym_size(0)}, hidden.options().dtype(accumulation_dtype(hidden.scalar_type())));
 }
-Triple statistics_meta(const Tensor& hidden, const Tensor&, const Tensor&, double, double, SymInt) {
+Triple statistics_meta(const Tensor& hidden, const Tensor&, const Tensor&, double, double, SymInt, SymInt) {
   return {per_token(hidden), per_token(hidden), per_token(hidden)};
 }
 std::tuple<Tensor, Tensor> sum_meta(const Tensor& lse, const Tensor&, const Tensor&, const OptionalTensor&, double,
@@ -178,7 +178,7 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
         "(Tensor loss_sum, Tensor nll, Tensor lse)", tags);
   // Over the vocabulary rows held here; target_logit is 0 where the target is held elsewhere.
   m.def("_vocabulary_statistics(Tensor hidden, Tensor embedding, Tensor targets, float scale, float logit_cap, "
-        "SymInt vocab_start) -> (Tensor lse, Tensor target_logit, Tensor logit_sum)", tags);
+        "SymInt vocab_start, SymInt vocabulary) -> (Tensor lse, Tensor target_logit, Tensor logit_sum)", tags);
   m.def("_cross_entropy_sum(Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor? weights, float z_loss, "
         "float label_smoothing, SymInt vocabulary) -> (Tensor loss_sum, Tensor nll)", tags);
   m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor hidden, "
