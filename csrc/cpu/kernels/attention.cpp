@@ -47,7 +47,7 @@ void attend_one(const AttentionHead<T>& head, int64_t query, void* out, T* lse, 
   T sum = head.extra_logit ? exp(-shift) : T(0);
   for (int64_t key = 0; key < num_keys; ++key) sum += scores[key];
   const T inverse = inverse_of_sum(sum);
-  for (int64_t key = 0; key < num_keys; ++key) scores[key] *= inverse;
+  for (int64_t key = 0; key < num_keys; ++key) scores[key] = flush(scores[key] * inverse);
   if (head.type == Type::bf16) {
     for (int64_t key = 0; key < num_keys; ++key) scores[key] = round_to_bf16(scores[key]);
   }
