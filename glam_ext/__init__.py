@@ -11,18 +11,25 @@ _C = load()
 from glam_ext.config import GLaMConfig, preset_names  # noqa: E402
 from glam_ext.counts import ParameterCount, count_parameters  # noqa: E402
 from glam_ext.doctor import build_info  # noqa: E402
+from glam_ext.model import GLaM, Loss  # noqa: E402
 
 __version__: str = _C.__version__
 
 cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
 """For CMake's find_package(glam): -DCMAKE_PREFIX_PATH of a C++ program."""
 
+from glam_ext import functional, ops  # noqa: E402
+
 __all__ = [
+    "GLaM",
     "GLaMConfig",
+    "Loss",
     "ParameterCount",
     "__version__",
     "build_info",
     "cmake_prefix_path",
     "count_parameters",
+    "functional",
+    "ops",
     "preset_names",
 ]

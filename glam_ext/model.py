@@ -1,15 +1,18 @@
 """glam_ext.GLaM: the C++ model as an ordinary ``nn.Module``.
 
-The parameters *are* the C++ tensors, adopted by identity and never copied, so ``state_dict``, optimisers, clipping, DDP,
-``.to()``, ``deepcopy`` and pickling work as users expect. One call runs the whole C++ forward. It can therefore not see
-what Python puts between the parts: replaced tensors or sub-modules, hooks on children, parametrizations. Each of these is
-refused with an error; `glam_ext.functional` is the same model for such edits.
+The parameters *are* the C++ tensors, adopted by identity and never copied, so ``state_dict``, optimisers, clipping,
+DDP, ``.to()``, ``deepcopy`` and pickling work as users expect. One call runs the whole C++ forward. It can therefore
+not see what Python puts between the parts: replaced tensors or sub-modules, hooks on children, parametrizations. Each
+of these is refused with an error; `glam_ext.functional` is the same model for such edits.
 
 Letters: B sequences, S positions, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ from glam_ext import _C
 from glam_ext.config import GLaMConfig
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ELSEWHERE = "change it in place, or use glam_ext.functional, which computes with whatever tensors it is given"
 
 
 class Loss(NamedTuple):
@@ -48,6 +52,10 @@ class _Node(nn.Module):
         )
 
 
+def _size(node: nn.Module) -> int:
+    return len(node._parameters) + len(node._buffers) + len(node._modules)
+
+
 class GLaM(nn.Module):
     """The model of `config`, initialised from `seed`; on device "meta" nothing is allocated.
 
@@ -55,17 +63,35 @@ class GLaM(nn.Module):
     """
 
     config: GLaMConfig
+    # In __dict__ from the start: nn.Module's own attributes are parameters, buffers and modules.
+    _core: Any
+    _adopted: list[tuple[str, nn.Module, str, Tensor]]
+    _nodes: dict[str, nn.Module]
+    _sizes: dict[str, int]
 
     def __init__(self, config: GLaMConfig, *, seed: int = 0, device: str | torch.device = "cpu") -> None:
         super().__init__()
         self._adopt(config, _C.GLaM(config.to_json(), seed, str(device)))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], hashes: bool = True) -> GLaM:
+        """The model of a checkpoint folder, or of the newest good one of a run, in eval mode.
+
+        Read by the C++ function that deployed programs use. ``hashes=False`` trusts files whose size is right. Raises
+        ``CheckpointError`` naming the file or the tensor that is not as it should be.
+        """
+        core = _C.load_model(path, hashes)
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._adopt(GLaMConfig.from_json(core.config()), core)
+        return model.eval()
 
     def _adopt(self, config: GLaMConfig, core: Any) -> None:
         """Mirrors the C++ tree with empty modules and registers its tensors in them."""
         self.config = config
         self.__dict__["_core"] = core
         nodes: dict[str, nn.Module] = {"": self}
-        adopted = []
+        adopted: list[tuple[str, nn.Module, str, Tensor]] = []
         for path, tensor in core.named_parameters():
             prefix, _, name = path.rpartition(".")
             node = self._node(nodes, prefix)
@@ -74,6 +100,7 @@ class GLaM(nn.Module):
             adopted.append((path, node, name, tensor))
         self.__dict__["_adopted"] = adopted
         self.__dict__["_nodes"] = nodes
+        self.__dict__["_sizes"] = {path: _size(node) for path, node in nodes.items()}
 
     @staticmethod
     def _node(nodes: dict[str, nn.Module], path: str) -> nn.Module:
@@ -103,6 +130,8 @@ class GLaM(nn.Module):
         random routing policies and the router's jitter.
         """
         self._check_intact()
+        if self._core.training != self.training:
+            self._core.train(self.training)
         counters = (seed, step, first_token)
         if targets is None:
             return self._core.forward(tokens, segment_ids, counters)
@@ -127,7 +156,8 @@ class GLaM(nn.Module):
         """Appends tokens int64 [B, N] to each row's cache, in place -> logits float32 [B, V] after the last real one.
 
         positions int32 [B]: index of the first new token, -1 for a finished row. lengths int32 [B]: how many of the N
-        are real, all if absent; the rest is padding on the right.
+        are real, all if absent; the rest is padding on the right. Inference whatever the mode; threads may step at
+        once, each with its cache.
         """
         self._check_intact()
         if lengths is None:
@@ -136,42 +166,81 @@ class GLaM(nn.Module):
 
     # --- what an nn.Module promises
 
-    def train(self, mode: bool = True) -> GLaM:
-        super().train(mode)
-        self._core.train(mode)
-        return self
-
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         if assign:
             raise ValueError(
-                "glam::GLaM.load_state_dict: expected assign=False, got True: it would replace the tensors that the C++ "
-                "model computes with; convert the model with .to(dtype) first and load with assign=False"
+                "glam::GLaM.load_state_dict: expected assign=False, got True: it would replace the tensors that the "
+                "C++ model computes with; convert the model with .to(dtype) first and load with assign=False"
             )
         return super().load_state_dict(state_dict, strict)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GLaM:
+        """What .to(), .double() and the like do; refuses, before any change, to lose the C++ tensors."""
+        future = torch.__future__
+        if future.get_overwrite_module_params_on_conversion() or future.get_swap_module_params_on_conversion():
+            raise RuntimeError(
+                "glam::GLaM: expected parameters to be converted in place, got torch.__future__.set_overwrite_ or "
+                "set_swap_module_params_on_conversion(True), which replace the tensors that the C++ model computes "
+                "with; set it to False for this conversion"
+            )
+        first = self._adopted[0][3]
+        with torch.no_grad():
+            converted = fn(first.new_empty(0))
+        if not torch._has_compatible_shallow_copy_type(first, converted):
+            raise RuntimeError(
+                f"glam::GLaM: expected a device whose tensors can take the place of {first.device.type} ones, got "
+                f"{converted.device.type}; build the model there: GLaM(config, device=...)"
+            )
+        super()._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GLaM:
+        """With gradients, requires_grad, attributes and the whole model's hooks; an optimiser in `memo` follows."""
+        state = self.__getstate__()
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        state["tensors"] = {path: tensor.clone() for path, tensor in state["tensors"].items()}
+        state["grads"] = {path: grad.clone() for path, grad in state["grads"].items()}
+        copied._restore(state)
+        for (*_, old), (*_, new) in zip(self._adopted, copied._adopted, strict=True):
+            memo[id(old)] = new
+        for path, node in self._nodes.items():
+            memo[id(node)] = copied._nodes[path]
+        copied._restore_attributes(copy.deepcopy(state["attributes"], memo))
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        own = {"config", "_core", "_adopted", "_nodes", *nn.Module().__dict__}
+        self._check_intact()
+        built = ("_core", "_adopted", "_nodes", "_sizes", "_modules", "_compiled_call_impl")
+        attributes = {name: value for name, value in self.__dict__.items() if name not in built}
+        attributes["_modules"] = {name: part for name, part in self._modules.items() if name not in self._nodes}
         return {
             "config": self.config,
-            "training": {path: node.training for path, node in self._nodes.items()},
             "tensors": {path: tensor.detach() for path, _, _, tensor in self._adopted},
             "requires_grad": {path: tensor.requires_grad for path, _, _, tensor in self._adopted},
             "grads": {path: tensor.grad for path, _, _, tensor in self._adopted if tensor.grad is not None},
-            "attributes": {name: value for name, value in self.__dict__.items() if name not in own},
+            "attributes": attributes,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(state)
+        self._restore_attributes(state["attributes"])
+
+    def _restore(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
-        devices = {tensor.device for tensor in state["tensors"].values()}
-        self._adopt(state["config"], _C.GLaM(state["config"].to_json(), None, str(devices.pop())))
+        device = next(iter(state["tensors"].values())).device
+        self._adopt(state["config"], _C.GLaM(state["config"].to_json(), None, str(device)))
         for path, _, _, tensor in self._adopted:
             tensor.data = state["tensors"][path]
             tensor.requires_grad_(state["requires_grad"][path])
             tensor.grad = state["grads"].get(path)
-        for path, training in state["training"].items():
-            self._nodes[path].training = training
-        self._core.train(self.training)
-        self.__dict__.update(state["attributes"])
+
+    def _restore_attributes(self, attributes: dict[str, Any]) -> None:
+        self._modules.update(attributes.pop("_modules"))
+        self.__dict__.update(attributes)
+        for path, node in self._nodes.items():
+            if path:
+                node.training = self.training
 
     # --- what the C++ forward cannot see
 
@@ -179,19 +248,33 @@ class GLaM(nn.Module):
         for path, node, name, tensor in self._adopted:
             if node._parameters.get(name) is not tensor:
                 raise RuntimeError(
-                    f"glam::GLaM: expected {path} to be the tensor that the C++ model computes with, got another one (as "
-                    "FSDP2, functional_call, a parametrization, .to('meta') or a load with assign=True leave behind); "
-                    "change it in place, or use glam_ext.functional"
+                    f"glam::GLaM: expected {path} to be the tensor that the C++ model computes with, got another one "
+                    "(as FSDP2, functional_call, a parametrization or a part's load with assign=True leave it); "
+                    f"{_ELSEWHERE}"
                 )
         for path, node in self._nodes.items():
-            parent, _, name = path.rpartition(".")
-            if path and self._nodes[parent]._modules.get(name) is not node:
-                raise RuntimeError(
-                    f"glam::GLaM: expected {path} to be as built, got another module in its place, which the C++ forward "
-                    "does not call; use glam_ext.functional"
-                )
-            if node is not self and any(getattr(node, hooks) for hooks in _HOOKS):
-                raise RuntimeError(
-                    f"glam::GLaM: expected no hook on {path}, got one, which the C++ forward does not call; hook the whole "
-                    "model, or use glam_ext.functional"
-                )
+            if path:
+                self._check_part(path, node)
+
+    def _check_part(self, path: str, node: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        if self._nodes[parent]._modules.get(name) is not node:
+            found, fix = "another module in its place", "use glam_ext.functional"
+        elif any(getattr(node, hooks) for hooks in _HOOKS):
+            found, fix = "a hook on it", "hook the whole model, or use glam_ext.functional"
+        elif _size(node) != self._sizes[path] or "forward" in vars(node):
+            found, fix = "something added to it", "use glam_ext.functional"
+        elif node.training != self.training:
+            raise RuntimeError(
+                f"glam::GLaM: expected {path} to be in {_mode(self)} mode as the whole model, got {_mode(node)}; call "
+                "train() or eval() on the whole model"
+            )
+        else:
+            return
+        raise RuntimeError(
+            f"glam::GLaM: expected {path} to be as built, got {found}, which the C++ forward does not see; {fix}"
+        )
+
+
+def _mode(module: nn.Module) -> str:
+    return "training" if module.training else "evaluation"

@@ -7,19 +7,6 @@ namespace {
 
 using torch::Tensor;
 
-// Puts a module into eval mode for a scope.
-class EvalMode {
- public:
-  explicit EvalMode(torch::nn::Module& module) : module_(module), training_(module.is_training()) { module_.eval(); }
-  ~EvalMode() { module_.train(training_); }
-  EvalMode(const EvalMode&) = delete;
-  EvalMode& operator=(const EvalMode&) = delete;
-
- private:
-  torch::nn::Module& module_;
-  bool training_;
-};
-
 void check(const Tensor& prompts, const Tensor& lengths, const GenerateOptions& options) {
   constexpr auto kName = "glam::generate";
   TORCH_CHECK(prompts.dim() == 2 && prompts.scalar_type() == torch::kLong, kName,
@@ -37,7 +24,6 @@ void check(const Tensor& prompts, const Tensor& lengths, const GenerateOptions& 
 Generated generate(nn::GLaM& model, const Tensor& prompts, const Tensor& lengths, const GenerateOptions& options) {
   check(prompts, lengths, options);
   const torch::NoGradGuard no_grad;
-  const EvalMode eval(*model);
   const int64_t batch = prompts.size(0);
   const auto cache = model->init_cache(batch, prompts.size(1) + options.max_new_tokens);
   const Tensor stop = torch::tensor(options.stop_tokens, prompts.options());

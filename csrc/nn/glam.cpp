@@ -7,6 +7,21 @@
 #include "nn/recompute.h"
 
 namespace glam::nn {
+namespace {
+
+// The ops see flattened tensors, so a transposed one would pass there.
+void check_batch(const char* method, const char* name, const Tensor& tensor, torch::ScalarType dtype,
+                 at::IntArrayRef sizes) {
+  TORCH_CHECK(tensor.scalar_type() == dtype && tensor.sizes() == sizes, method, ": expected ", name, " to be ", dtype,
+              " ", sizes, ", got ", tensor.scalar_type(), " ", tensor.sizes());
+}
+
+void check_tokens(const char* method, const Tensor& tokens) {
+  TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == torch::kLong, method,
+              ": expected tokens to be Long [B, S], got ", tokens.scalar_type(), " ", tokens.sizes());
+}
+
+}  // namespace
 
 BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device) {
   attention_norm = register_module("attention_norm", Norm(config, device));
@@ -19,23 +34,23 @@ BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device devi
   }
 }
 
-BlockOutput BlockImpl::feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask,
+BlockOutput BlockImpl::feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask, bool training,
                                     const Randomness& random) {
   const Tensor h_BSD = ffn_norm(x_BSD);
   if (!moe) return {x_BSD + ffn(h_BSD), {}, {}, {}};
-  const MoEOutput out = moe(h_BSD, token_mask, random);
+  const MoEOutput out = moe(h_BSD, token_mask, training, random);
   return {x_BSD + out.y_BSD, out.aux, out.router_z, out.statistics};
 }
 
 BlockOutput BlockImpl::forward(const Tensor& x_BSD, const std::optional<Tensor>& segment_ids,
-                               const std::optional<Tensor>& token_mask, const Randomness& random) {
-  return feed_forward(x_BSD + attention(attention_norm(x_BSD), segment_ids), token_mask, random);
+                               const std::optional<Tensor>& token_mask, bool training, const Randomness& random) {
+  return feed_forward(x_BSD + attention(attention_norm(x_BSD), segment_ids), token_mask, training, random);
 }
 
 Tensor BlockImpl::step(const Tensor& x_BND, Tensor k_cache, Tensor v_cache, const Tensor& positions,
                        const Tensor& token_mask) {
   const Tensor attended = attention->step(attention_norm(x_BND), k_cache, v_cache, positions);
-  return feed_forward(x_BND + attended, token_mask, {}).x_BSD;
+  return feed_forward(x_BND + attended, token_mask, /*training=*/false, {}).x_BSD;
 }
 
 GLaMImpl::GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed, torch::Device device) : config_(config) {
@@ -62,17 +77,18 @@ Tensor GLaMImpl::output_logits(const Tensor& h) const {
 
 GLaMImpl::Hidden GLaMImpl::hidden_states(const Tensor& tokens, const std::optional<Tensor>& segment_ids,
                                          const Randomness& random) {
-  TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == torch::kLong,
-              "glam::GLaM: expected tokens to be Long [B, S], got ", tokens.scalar_type(), " ", tokens.sizes());
+  check_tokens("glam::GLaM", tokens);
+  TORCH_CHECK(tokens.numel() > 0, "glam::GLaM: expected at least one token, got ", tokens.sizes());
+  if (segment_ids) check_batch("glam::GLaM", "segment_ids", *segment_ids, torch::kInt, tokens.sizes());
   Tensor x_BSD = embed(tokens);
   std::optional<Tensor> token_mask;
   if (segment_ids) token_mask = segment_ids->flatten() != 0;
   Hidden hidden;
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     BlockImpl& block = layers_->at<BlockImpl>(layer);
-    const bool recompute = config_.recompute && is_training() && torch::GradMode::is_enabled();
-    const BlockOutput out = recompute ? forward_with_recompute(block, x_BSD, segment_ids, token_mask, random)
-                                      : block.forward(x_BSD, segment_ids, token_mask, random);
+    const bool training = is_training(), recompute = config_.recompute && training && torch::GradMode::is_enabled();
+    const BlockOutput out = recompute ? forward_with_recompute(block, x_BSD, segment_ids, token_mask, training, random)
+                                      : block.forward(x_BSD, segment_ids, token_mask, training, random);
     x_BSD = out.x_BSD;
     if (!out.aux.defined()) continue;
     hidden.aux.push_back(out.aux);
@@ -89,17 +105,27 @@ Tensor GLaMImpl::forward(const Tensor& tokens, const std::optional<Tensor>& segm
 
 Loss GLaMImpl::loss(const Tensor& tokens, const Tensor& targets, const std::optional<Tensor>& weights,
                     const std::optional<Tensor>& segment_ids, const Randomness& random) {
+  check_tokens("glam::GLaM.loss", tokens);
+  check_batch("glam::GLaM.loss", "targets", targets, torch::kLong, tokens.sizes());
+  const bool wide = embedding_->weight.scalar_type() == torch::kDouble;
+  if (weights) {
+    check_batch("glam::GLaM.loss", "weights", *weights, wide ? torch::kDouble : torch::kFloat, tokens.sizes());
+  }
   const Hidden hidden = hidden_states(tokens, segment_ids, random);
   std::optional<Tensor> weights_T;
   if (weights) weights_T = weights->flatten();
-  const auto [loss_sum, nll_T, lse_T] = linear_cross_entropy(
-      hidden.h_BSD.flatten(0, 1), output_table(), targets.flatten(), weights_T,
-      std::pow(static_cast<double>(config_.model_dim), -0.5), config_.z_loss, config_.label_smoothing,
-      config_.logit_cap);
+  const auto [loss_sum, nll_T, lse_T] =
+      linear_cross_entropy(hidden.h_BSD.flatten(0, 1), output_table(), targets.flatten(), weights_T,
+                           std::pow(static_cast<double>(config_.model_dim), -0.5), config_.z_loss,
+                           config_.label_smoothing, config_.logit_cap);
   const Tensor num_tokens = weights       ? (*weights != 0).sum()
                             : segment_ids ? (*segment_ids != 0).sum()
                                           : torch::full({}, tokens.numel(), tokens.options());
-  Loss loss{loss_sum, torch::zeros_like(loss_sum), torch::zeros_like(loss_sum), nll_T.view(targets.sizes()), num_tokens,
+  Loss loss{loss_sum,
+            torch::zeros_like(loss_sum),
+            torch::zeros_like(loss_sum),
+            nll_T.view(targets.sizes()),
+            num_tokens,
             torch::zeros({0, config_.num_experts + 6}, tokens.options())};
   if (hidden.aux.empty()) return loss;
   loss.aux = torch::stack(hidden.aux).sum();
@@ -123,14 +149,16 @@ Tensor GLaMImpl::step(const Tensor& tokens, const std::vector<Tensor>& cache, co
                       const Tensor& lengths) {
   TORCH_CHECK(static_cast<int64_t>(cache.size()) == 2 * config_.num_layers, "glam::GLaM.step: expected a cache of ",
               2 * config_.num_layers, " tensors (init_cache makes one), got ", cache.size());
+  check_tokens("glam::GLaM.step", tokens);
+  check_batch("glam::GLaM.step", "positions", positions, torch::kInt, {tokens.size(0)});
+  check_batch("glam::GLaM.step", "lengths", lengths, torch::kInt, {tokens.size(0)});
   Tensor x_BND = embed(tokens);
   const Tensor new_N = torch::arange(tokens.size(1), torch::device(tokens.device()));
   const Tensor token_mask = ((new_N < lengths.unsqueeze(1)) & (positions >= 0).unsqueeze(1)).flatten();
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     x_BND = layers_->at<BlockImpl>(layer).step(x_BND, cache[2 * layer], cache[2 * layer + 1], positions, token_mask);
   }
-  const Tensor last =
-      (lengths.to(torch::kLong) - 1).clamp_min(0).view({-1, 1, 1}).expand({-1, 1, config_.model_dim});
+  const Tensor last = (lengths.to(torch::kLong) - 1).clamp_min(0).view({-1, 1, 1}).expand({-1, 1, config_.model_dim});
   return output_logits(final_norm_(x_BND.gather(1, last).squeeze(1)));
 }
 

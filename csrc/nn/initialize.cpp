@@ -5,12 +5,15 @@
 // o (H A)^-0.5; relative_bias (32 H)^-0.5, all normal; feed-forward matrices and the router uniform on +-sqrt(3 / fan_in).
 // Norm scales are 1. Source: google/praxis attentions.py, transformers.py and tensorflow/lingvo gshard_builder.py.
 
+#include <ATen/Parallel.h>
 #include <glam/nn.h>
-#include <glam/ops.h>
 #include <torch/torch.h>
 
 #include <cmath>
+#include <numbers>
 #include <string_view>
+
+#include "ops/philox.h"
 
 namespace glam::nn {
 namespace {
@@ -27,17 +30,23 @@ struct Distribution {
   double scale;  // standard deviation, or half the width
 };
 
-void fill(Tensor values, const Distribution& distribution, int64_t seed, const std::string& name) {
-  const Tensor index = torch::arange(values.numel(), torch::device(values.device()));
-  const Tensor first = counter_uniform(seed, stream_of(name), index).to(torch::kDouble);
-  Tensor numbers;
-  if (distribution.normal) {  // Box-Muller
-    const Tensor second = counter_uniform(seed, stream_of(name + "#angle"), index).to(torch::kDouble);
-    numbers = torch::sqrt(torch::log1p(-first) * -2.) * torch::cos(second * (2. * M_PI));
-  } else {
-    numbers = first * 2. - 1.;
-  }
-  values.copy_((numbers * distribution.scale).view(values.sizes()));
+// One loop per element: no temporaries beside a large table, and no bits that depend on how a library vectorises.
+void fill(const Tensor& values, const Distribution& distribution, int64_t seed, const std::string& name) {
+  constexpr int64_t kElementsPerTask = 16384;
+  const int64_t stream = stream_of(name);
+  const Tensor numbers = torch::empty(values.sizes(), torch::kFloat);
+  auto* const out = numbers.mutable_data_ptr<float>();
+  at::parallel_for(0, numbers.numel(), kElementsPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto words = philox4x32(seed, stream, i);
+      const double first = uniform_from_word(words[0]), second = uniform_from_word(words[1]);
+      const double number = distribution.normal  // Box-Muller
+                                ? std::sqrt(-2. * std::log1p(-first)) * std::cos(2. * std::numbers::pi * second)
+                                : 2. * first - 1.;
+      out[i] = static_cast<float>(distribution.scale * number);
+    }
+  });
+  values.copy_(numbers);
 }
 
 std::optional<Distribution> distribution_of(const std::string& name, const Tensor& value, const GLaMConfig& config) {

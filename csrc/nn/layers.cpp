@@ -30,7 +30,9 @@ EmbeddingImpl::EmbeddingImpl(const GLaMConfig& config, torch::Device device) {
 }
 
 AttentionImpl::AttentionImpl(const GLaMConfig& config, torch::Device device)
-    : num_heads_(config.num_heads), head_dim_(config.head_dim), extra_logit_(config.attention_extra_logit),
+    : num_heads_(config.num_heads),
+      head_dim_(config.head_dim),
+      extra_logit_(config.attention_extra_logit),
       logit_cap_(config.attention_logit_cap) {
   const int64_t D = config.model_dim, width = config.num_heads * config.head_dim;
   q = parameter(*this, "q", {D, width}, device);
@@ -45,8 +47,10 @@ Tensor AttentionImpl::heads(const Tensor& h, const Tensor& weight) const {
 }
 
 Tensor AttentionImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& segment_ids) {
-  const Tensor y_BSHA = relative_attention(heads(h_BSD, q), heads(h_BSD, k), heads(h_BSD, v), relative_bias,
-                                           segment_ids, extra_logit_, logit_cap_);
+  // Named first: the order of these nodes is the order in which their gradients of h are added.
+  const Tensor q_BSHA = heads(h_BSD, q), k_BSHA = heads(h_BSD, k), v_BSHA = heads(h_BSD, v);
+  const Tensor y_BSHA =
+      relative_attention(q_BSHA, k_BSHA, v_BSHA, relative_bias, segment_ids, extra_logit_, logit_cap_);
   return glam::linear(y_BSHA.flatten(2), o);
 }
 
@@ -72,11 +76,11 @@ MoEImpl::MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device) 
   if (config.expert_activation == "geglu") wg = parameter(*this, "wg", {E, D, F}, device);
 }
 
-Tensor MoEImpl::router_logits(const Tensor& h_TD, const Randomness& random) {
+Tensor MoEImpl::router_logits(const Tensor& h_TD, bool training, const Randomness& random) const {
   Tensor h = h_TD.scalar_type() == torch::kDouble ? h_TD : h_TD.to(torch::kFloat);
-  if (is_training() && config_.router_jitter > 0) {
-    const Tensor index = torch::arange(h.numel(), torch::device(h.device())).view(h.sizes()) +
-                         random.first_token * h.size(1);
+  if (training && config_.router_jitter > 0) {
+    const Tensor index =
+        torch::arange(h.numel(), torch::device(h.device())).view(h.sizes()) + random.first_token * h.size(1);
     const Tensor uniform = counter_uniform(random.seed, stream_of(random, config_, layer_, 1), index);
     h = h * ((uniform * 2. - 1.) * config_.router_jitter + 1.);
   }
@@ -86,8 +90,8 @@ Tensor MoEImpl::router_logits(const Tensor& h_TD, const Randomness& random) {
   return z_TE;
 }
 
-std::optional<Tensor> MoEImpl::noise(const Tensor& z_TE, const Randomness& random) {
-  if (!is_training() || config_.second_policy == "all") return std::nullopt;
+std::optional<Tensor> MoEImpl::noise(const Tensor& z_TE, bool training, const Randomness& random) const {
+  if (!training || config_.second_policy == "all") return std::nullopt;
   const int64_t stream = stream_of(random, config_, layer_, 0);
   const auto options = torch::device(z_TE.device());
   if (config_.second_policy == "random") {
@@ -97,16 +101,16 @@ std::optional<Tensor> MoEImpl::noise(const Tensor& z_TE, const Randomness& rando
                          torch::arange(z_TE.numel(), options).view(z_TE.sizes()) + random.first_token * z_TE.size(1));
 }
 
-MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, const Randomness& random) {
+MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
+                           const Randomness& random) {
   const Tensor h_TD = h_BSD.flatten(0, 1);
-  const Tensor z_TE = router_logits(h_TD, random);
+  const Tensor z_TE = router_logits(h_TD, training, random);
   const int64_t group_size = config_.group_size == 0    ? h_BSD.size(1)
                              : config_.group_size == -1 ? h_TD.size(0)
                                                         : config_.group_size;
-  const auto [gates, expert_ids, positions, aux_G] =
-      top2_gating(z_TE, token_mask, noise(z_TE, random), group_size, config_.capacity(group_size, is_training()),
-                  is_training() ? config_.second_policy : "all", config_.second_threshold,
-                  config_.normalize_before_capacity);
+  const auto [gates, expert_ids, positions, aux_G] = top2_gating(
+      z_TE, token_mask, noise(z_TE, training, random), group_size, config_.capacity(group_size, training),
+      training ? config_.second_policy : "all", config_.second_threshold, config_.normalize_before_capacity);
   const auto [row_of_choice, choice_of_row, offsets] = routing_plan(expert_ids, positions, config_.num_experts);
   const Tensor y_TD = moe_mlp(h_TD, gates, row_of_choice, choice_of_row, offsets, wi, wo,
                               wg.defined() ? std::optional<Tensor>(wg) : std::nullopt, config_.expert_activation);

@@ -25,8 +25,8 @@ struct Generated {
   torch::Tensor counts;  // int32 [B]: how many each row has, its stop token included
 };
 
-// prompts int64 [B, N], padded on the right; lengths int32 [B], each in [1, N]. Runs in eval mode without gradients and
-// restores the mode. Throws c10::Error for a prompt of length 0, a negative temperature, or top_p outside (0, 1].
+// prompts int64 [B, N], padded on the right; lengths int32 [B], each in [1, N]. Runs without gradients, as inference
+// whatever the model's mode. Throws c10::Error for a prompt of length 0, a negative temperature, or top_p outside (0, 1].
 Generated generate(nn::GLaM& model, const torch::Tensor& prompts, const torch::Tensor& lengths,
                    const GenerateOptions& options = {});
 

@@ -82,13 +82,14 @@ struct MoEOutput {
 
 struct MoEImpl : torch::nn::Module {
   MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device);
-  // token_mask: bool [B * S], true for real tokens.
-  MoEOutput forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, const Randomness& random);
+  // token_mask: bool [B * S], true for real tokens. training: its capacity, its policy for second choices, jitter.
+  MoEOutput forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
+                    const Randomness& random);
   Tensor router, wi, wo, wg;
 
  private:
-  Tensor router_logits(const Tensor& h_TD, const Randomness& random);
-  std::optional<Tensor> noise(const Tensor& z_TE, const Randomness& random);
+  Tensor router_logits(const Tensor& h_TD, bool training, const Randomness& random) const;
+  std::optional<Tensor> noise(const Tensor& z_TE, bool training, const Randomness& random) const;
   GLaMConfig config_;
   int64_t layer_;
 };
@@ -102,16 +103,17 @@ struct BlockOutput {
 struct BlockImpl : torch::nn::Module {
   BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device);
   BlockOutput forward(const Tensor& x_BSD, const std::optional<Tensor>& segment_ids,
-                      const std::optional<Tensor>& token_mask, const Randomness& random);
+                      const std::optional<Tensor>& token_mask, bool training, const Randomness& random);
   Tensor step(const Tensor& x_BND, Tensor k_cache, Tensor v_cache, const Tensor& positions, const Tensor& token_mask);
 
   Norm attention_norm{nullptr}, ffn_norm{nullptr};
   Attention attention{nullptr};
-  MoE moe{nullptr};          // one of these two
+  MoE moe{nullptr};  // one of these two
   FeedForward ffn{nullptr};
 
  private:
-  BlockOutput feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask, const Randomness& random);
+  BlockOutput feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask, bool training,
+                           const Randomness& random);
 };
 TORCH_MODULE(Block);
 
@@ -135,7 +137,8 @@ class GLaMImpl : public torch::nn::Module {
   std::vector<Tensor> init_cache(int64_t batch, int64_t max_len) const;
   // Appends N tokens per row: tokens int64 [B, N]; positions int32 [B], index of the first new token, -1 for a finished
   // row; lengths int32 [B], how many of the N are real (the rest is padding on the right). -> logits float32 [B, V]
-  // after each row's last real token. The caches are written in place.
+  // after each row's last real token. The caches are written in place. Inference whatever the mode, so several threads
+  // may step (each with its cache) while another one trains.
   Tensor step(const Tensor& tokens, const std::vector<Tensor>& cache, const Tensor& positions, const Tensor& lengths);
 
  private:
