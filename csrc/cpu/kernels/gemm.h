@@ -97,8 +97,27 @@ inline void pack_strip(const Operand& operand, int64_t begin, int64_t valid, int
 // Strips for outer indices [begin, end); `width` is kTileRows for A and kTileColumns<T> for B.
 template <class T>
 inline void pack_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth, int64_t width, T* panels) {
-  for (int64_t i = begin; i < end; i += width, panels += depth * width) {
-    pack_strip(operand, i, end - i < width ? end - i : width, depth, width, panels);
+  if (!operand.rows_are_k) {
+    for (int64_t i = begin; i < end; i += width, panels += depth * width) {
+      pack_strip(operand, i, end - i < width ? end - i : width, depth, width, panels);
+    }
+    return;
+  }
+  // A row of the operand crosses all strips: it is loaded once for as many of them as fit the buffer.
+  T values[kLoadChunk];
+  const int64_t step = kLoadChunk / width * width;
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t valid = end - first < step ? end - first : step;
+    const int64_t padded = (valid + width - 1) / width * width;
+    for (int64_t i = valid; i < padded; ++i) values[i] = T(0);
+    T* const block = panels + (first - begin) * depth;
+    for (int64_t k = 0; k < depth; ++k) {
+      load_row(operand, k, first, valid, values);
+      for (int64_t i = 0; i < padded; i += width) {
+        T* const out = block + i * depth + k * width;
+        for (int64_t j = 0; j < width; ++j) out[j] = values[i + j];
+      }
+    }
   }
 }
 
