@@ -65,5 +65,5 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(VENV)/bin/ninja -C build/cmake install
+	$(VENV)/bin/ninja -C build/cmake -j $(MAX_JOBS) install
 	touch $@

@@ -25,6 +25,14 @@ def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]
     assert message.endswith(", got cook\n")
 
 
+@pytest.mark.parametrize("name", command.available())
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main([name, "--help"])
+    assert end.value.code == 0
+    assert f"usage: glam {name}" in capsys.readouterr().out
+
+
 def test_doctor_passes_here() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GLAM_CPU_ISA"}
     command_line = [sys.executable, "-m", "glam_ext", "doctor"]

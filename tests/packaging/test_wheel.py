@@ -101,14 +101,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
     return environment
 
 
-def test_wheel_contents(wheel: Path) -> None:
+def test_wheel_contents(wheel: Path, source: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     wanted = {"lib/libglam_core.so", "lib/build.json", "include/glam/build_info.h", "share/cmake/glam/glamConfig.cmake"}
-    wanted |= {"py.typed", "__main__.py", "recipes/__init__.py"}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.toml")}
-    wanted |= {str(path.relative_to(ROOT / "glam_ext")) for path in (ROOT / "glam_ext" / "data").rglob("*.xz")}
+    wanted |= {"py.typed", "__main__.py"}
+    wanted |= {
+        str(path.relative_to(source)) for path in (source / "recipes").rglob("*.*") if path.suffix in (".py", ".toml")
+    }
+    wanted |= {str(path.relative_to(source / "glam_ext")) for path in (source / "glam_ext" / "data").rglob("*.xz")}
     assert not {f"glam_ext/{name}" for name in wanted} - names
     assert not [name for name in names if not re.match(r"glam_ext(-.*\.dist-info)?/", name)]
     assert f"Requires-Dist: torch=={TORCH_MINOR}.*" in metadata
