@@ -107,7 +107,8 @@ variable_list as_list(const BlockOutput& out) {
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   static constexpr size_t kOtherArguments = 3;  // after x and the parameters; they get no gradient
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x_BSD, const variable_list& parameters,
+  // The parameters come as a TensorList: torch does not look for variables in any other container.
+  static variable_list forward(AutogradContext* ctx, const Tensor& x_BSD, const at::TensorList& parameters,
                                const std::optional<Tensor>& segment_ids, const std::optional<Tensor>& token_mask,
                                const c10::intrusive_ptr<Call>& call) {
     variable_list saved = {segment_ids.value_or(Tensor()), token_mask.value_or(Tensor()), x_BSD};
@@ -155,8 +156,9 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
 BlockOutput forward_with_recompute(BlockImpl& block, const Tensor& x_BSD, const std::optional<Tensor>& segment_ids,
                                    const std::optional<Tensor>& token_mask, bool training, const Randomness& random) {
   const auto owner = std::dynamic_pointer_cast<BlockImpl>(block.shared_from_this());
+  const variable_list parameters = parameters_of(block);
   const variable_list out = RecomputeFunction::apply(
-      x_BSD, parameters_of(block), segment_ids, token_mask,
+      x_BSD, at::TensorList(parameters), segment_ids, token_mask,
       c10::make_intrusive<Call>(owner, training, random, AutocastState(x_BSD.device().type())));
   if (out.size() == 1) return {out[0], {}, {}, {}};
   return {out[0], out[1], out[2], out[3]};
