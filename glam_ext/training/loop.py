@@ -1,0 +1,327 @@
+"""TrainingRun: a run from its configuration to its last checkpoint, in the folder FOLDER/NAME.
+
+    config.toml      the resolved configuration
+    checkpoints/     step-000123/, as glam_ext.checkpoint says
+    metrics.jsonl    one object per log line and evaluation
+    tb/              TensorBoard, if asked
+
+A step's data and random numbers depend on (seed, counters) alone and the counters are in the checkpoint, with
+weights, optimiser state and the sums of an unfinished log line. So the same configuration, started again, goes on from
+the newest good checkpoint to the same bits as if it had never stopped (for one number of threads).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glam_ext.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, step_folders, step_of
+from glam_ext.counts import count_parameters, flops_per_token
+from glam_ext.data import BatchSampler, DataError, TokenFolder
+from glam_ext.evaluation.heldout import HeldOutLoss, evaluate
+from glam_ext.model import GLaM
+from glam_ext.training.config import ConfigError, TrainingConfig
+from glam_ext.training.metrics import (
+    MetricsFile,
+    MetricWindow,
+    TensorBoard,
+    dense_gemm_rate,
+    evaluation_line,
+    train_line,
+)
+from glam_ext.training.optimizers import make_updater
+from glam_ext.training.signals import EXIT_INTERRUPTED, StopSignals
+from glam_ext.training.step import accumulate_gradients, count_tokens
+from glam_ext.training.toml_files import differences, load_config, to_toml
+
+# A forward pass multiplies once per weight, the backward pass twice.
+TRAINING_OVER_FORWARD = 3
+# Fields of the model that may change when a run is resumed: they do not change what is computed.
+RESUMABLE_MODEL_FIELDS = ("recompute",)
+
+
+class TrainingRun:
+    """Everything a run needs, built by the constructor; `resume` and `train` do the work.
+
+    Raises ConfigError and DataError for what cannot work, CheckpointError where a checkpoint cannot be used or saved.
+    """
+
+    def __init__(self, config: TrainingConfig, log: Callable[[str], None] = print) -> None:
+        self.config, self.log = config, log
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        torch.manual_seed(config.run.seed)  # nothing here draws from it; what a user adds may
+        self.data = TokenFolder(config.data.train, verify=config.data.verify)
+        self.heldout = TokenFolder(config.data.heldout, verify=config.data.verify) if config.data.heldout else None
+        self._check_data()
+        self.model = GLaM(config.model, seed=config.run.seed)
+        self.updater = make_updater(config, self.model)
+        self.sampler = BatchSampler(self.data, config.data.batch_size, config.run.seed, config.data.shuffle)
+        self.window = MetricWindow(config.model.num_moe_layers, config.model.num_experts)
+        self.step = 0
+        self.tokens = 0
+        self.folder = config.run_folder
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.tensorboard: TensorBoard | None = None
+        self.last_evaluation: HeldOutLoss | None = None
+        self._saved_step: int | None = None
+        self._gemm_rate = math.nan
+        self._busy_seconds = self._busy_tokens = self._busy_steps = 0.0  # since the last line, in this process
+
+    # --- the run folder
+
+    def resume(self) -> bool:
+        """Continues from the run's newest good checkpoint, or the one that was named; False if there is none yet."""
+        path = self._checkpoint_to_resume()
+        if path is not None:
+            self._restore(load_checkpoint(path))
+        self._open_folder()
+        return path is not None
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step, unless there is one already."""
+        if self._saved_step == self.step:
+            return
+        self.metrics.sync()
+        start = time.perf_counter()
+        folder = save_checkpoint(
+            self.folder / "checkpoints",
+            self.step,
+            self.config.model,
+            self.model.state_dict(),
+            self.updater.state_tensors(),
+            self._trainer_state(),
+            self.config.checkpoint.keep,
+        )
+        self._saved_step = self.step
+        self.log(f"saved {folder} ({time.perf_counter() - start:.1f} s)")
+
+    def _trainer_state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped_updates": self.updater.skipped,
+            "optimizer": self.updater.name,
+            "tokenizer_hash": self.data.manifest.tokenizer_hash,
+            "sequence_length": self.data.manifest.sequence_length,
+            "batch_size": self.config.data.batch_size,
+            "data": self.sampler.state_dict(),
+            "rng": {"seed": self.config.run.seed, "torch": _encode(torch.get_rng_state())},
+            "window": self.window.state_dict(),
+        }
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        path, trainer = checkpoint.path, checkpoint.trainer
+        if not trainer:
+            raise CheckpointError(f"{path}: has no trainer.json, it is an exported model; name a checkpoint of a run")
+        mine, theirs = self.config.model.to_dict(), checkpoint.config.to_dict()
+        changed = [name for name in mine if mine[name] != theirs[name] and name not in RESUMABLE_MODEL_FIELDS]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"model.{name}: is {mine[name]} here and {theirs[name]} in {path}; restore it, or give the run another "
+                "name (run.name)"
+            )
+        if trainer["optimizer"] != self.updater.name:
+            raise ConfigError(
+                f'optimizer.name: is "{self.updater.name}" here and "{trainer["optimizer"]}" in {path}; restore it, or '
+                "give the run another name (run.name)"
+            )
+        if trainer["step"] > self.config.run.steps:
+            raise ConfigError(
+                f"run.steps: is {self.config.run.steps}, below the {trainer['step']} steps of {path}; raise it"
+            )
+        if trainer["batch_size"] != self.config.data.batch_size:
+            self.log(f"data.batch_size changes from {trainer['batch_size']} to {self.config.data.batch_size}")
+        self.model.load_state_dict(checkpoint.model)
+        self.updater.load_state(checkpoint.optimizer, trainer["skipped_updates"])
+        self.sampler.load_state_dict(trainer["data"])
+        self.window.load_state_dict(trainer["window"])
+        torch.set_rng_state(_decode(trainer["rng"]["torch"]))
+        self.step, self.tokens = trainer["step"], trainer["tokens"]
+        if path.resolve().parent == (self.folder / "checkpoints").resolve():
+            self._saved_step = self.step
+        self.log(f"resumed {path}: step {self.step}, {self.tokens:,} tokens")
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        root = self.folder / "checkpoints"
+        complete = [folder for folder in step_folders(root) if (folder / "COMPLETE").exists()] if root.is_dir() else []
+        named = self.config.checkpoint.resume_from
+        if not named:
+            return root if complete else None
+        step = step_of(named)
+        if step is None:
+            raise ConfigError(f"checkpoint.resume_from: expected a folder called step-000123, got {named}")
+        newer = [folder.name for folder in complete if (step_of(folder) or 0) > step]
+        if newer:
+            raise ConfigError(
+                f"checkpoint.resume_from: {root} has newer checkpoints ({', '.join(reversed(newer))}); move them away "
+                "to go back to an earlier step, or remove checkpoint.resume_from to go on from the newest"
+            )
+        return Path(named)
+
+    def _open_folder(self) -> None:
+        """Writes config.toml and takes back what was logged about steps that are still to come."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "config.toml"
+        if file.exists():
+            self._log_changes(file)
+        hidden = file.with_name(".tmp-config.toml")
+        hidden.write_text(to_toml(self.config), encoding="utf-8")
+        hidden.replace(file)
+        self.metrics.truncate(self.step)
+        if self.config.run.tensorboard:
+            self.tensorboard = TensorBoard(self.folder / "tb")
+            self.tensorboard.resume_after(self.step)
+
+    def _log_changes(self, file: Path) -> None:
+        try:
+            for line in differences(load_config(file), self.config):
+                self.log(f"changed since the run's last start: {line}")
+        except ConfigError as error:
+            self.log(f"the run's last configuration cannot be compared: {error}")
+
+    def _check_data(self) -> None:
+        for folder in (self.data, self.heldout):
+            if folder is not None:
+                manifest = folder.manifest
+                self.config.check_data(str(folder.folder), manifest.vocab_size, manifest.sequence_length)
+        if self.heldout is not None and self.heldout.manifest.tokenizer_hash != self.data.manifest.tokenizer_hash:
+            raise DataError(
+                f"{self.heldout.folder}: was made with another tokenizer than {self.data.folder}; prepare them together"
+            )
+
+    # --- training
+
+    def train(self) -> int:
+        """Trains to the last step. Returns 0, or EXIT_INTERRUPTED after SIGTERM or SIGINT; all is saved then too."""
+        self._gemm_rate = dense_gemm_rate(getattr(torch, self.config.model.compute_dtype))
+        self.log(self._description())
+        self.model.train()
+        with StopSignals() as stop:
+            finished = self._train_until(stop)
+            self.save()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if not finished:
+            self.log(f"stopped by {stop.name} after step {self.step}; the same command goes on from here")
+        return 0 if finished else EXIT_INTERRUPTED
+
+    def _train_until(self, stop: StopSignals) -> bool:
+        """True when the last step and its evaluation are done, False when stopped before."""
+        # The run may have been stopped in the evaluation that was due after its last step.
+        if self._evaluation_is_due() and not self._evaluate(stop):
+            return False
+        while self.step < self.config.run.steps:
+            if stop.requested:
+                return False
+            self._train_step()
+            if self.step % self.config.run.log_interval == 0 or self.step == self.config.run.steps:
+                self._log_window()
+            if self._evaluation_is_due() and not self._evaluate(stop):
+                return False
+            interval = self.config.checkpoint.interval
+            if interval and self.step % interval == 0:
+                self.save()
+        return True
+
+    def _train_step(self) -> None:
+        start = time.perf_counter()
+        batch = self.sampler.next_batch()
+        num_tokens = count_tokens(batch)
+        sums = accumulate_gradients(
+            self.model,
+            batch,
+            self.config.micro_batch_size,
+            denominator=self.config.loss.denominator,
+            seed=self.config.run.seed,
+            step=self.step,
+        )
+        grad_norm = self.updater.update(self.step)
+        self.step += 1
+        self.tokens += num_tokens
+        self.window.add(sums, num_tokens, grad_norm)
+        self._busy_seconds += time.perf_counter() - start
+        self._busy_tokens += num_tokens
+        self._busy_steps += 1
+
+    def _log_window(self) -> None:
+        start = time.perf_counter()
+        summary = self.window.summary()
+        seconds = max(self._busy_seconds + time.perf_counter() - start, 1e-9)  # the host waited for the device here
+        rate = self._busy_tokens / seconds
+        manifest = self.data.manifest
+        flops_per_second = rate * self._flops_per_token()
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.tokens,
+            "epoch": self.sampler.epoch,
+            **summary,
+            # By the mean number of bytes per token of the whole training data.
+            "bits_per_byte": summary["loss"] / math.log(2) * manifest.num_targets / manifest.utf8_bytes,
+            "learning_rate": self.updater.learning_rate(self.step - 1),
+            "skipped_updates": self.updater.skipped,
+            "tokens_per_second": rate,
+            "model_flops_per_second": flops_per_second,
+            "utilisation_of_dense_gemm": flops_per_second / self._gemm_rate,
+            "eta_seconds": (self.config.run.steps - self.step) * seconds / self._busy_steps,
+        }
+        self._write(record)
+        self.log(train_line(record, self.config.run.steps))
+        self.window.reset()
+        self._busy_seconds = self._busy_tokens = self._busy_steps = 0.0
+
+    def _evaluation_is_due(self) -> bool:
+        if self.heldout is None or self.step == 0 or self.metrics.has("evaluation", self.step):
+            return False
+        interval = self.config.evaluation.interval
+        return self.step == self.config.run.steps or (interval > 0 and self.step % interval == 0)
+
+    def _evaluate(self, stop: StopSignals) -> bool:
+        """False if it was stopped; the evaluation is then done again when the run is resumed."""
+        assert self.heldout is not None
+        start = time.perf_counter()
+        loss = evaluate(self.model, self.heldout, self.config.evaluation_batch_size, lambda: stop.requested)
+        if loss is None:
+            return False
+        self.last_evaluation = loss
+        seconds = time.perf_counter() - start
+        record = {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **loss.as_dict(), "seconds": seconds}
+        self._write(record)
+        self.log(evaluation_line(record))
+        return True
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        if self.tensorboard is not None:
+            self.tensorboard.write(record)
+
+    def _flops_per_token(self) -> float:
+        context = self.data.manifest.sequence_length / 2
+        return TRAINING_OVER_FORWARD * flops_per_token(self.config.model, context).total
+
+    def _description(self) -> str:
+        count = count_parameters(self.config.model)
+        manifest, data = self.data.manifest, self.config.data
+        steps_left = self.config.run.steps - self.step
+        return (
+            f"{count.total:,} parameters, {count.active:,} active per token; {manifest.num_targets:,} training tokens "
+            f"in {manifest.num_rows:,} rows of {manifest.sequence_length}; {steps_left} steps of {data.batch_size} "
+            f"rows in micro-batches of {self.config.micro_batch_size}; {torch.get_num_threads()} threads; dense GEMM "
+            f"{self._gemm_rate / 1e9:.0f} GFLOP/s in {self.config.model.compute_dtype}"
+        )
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

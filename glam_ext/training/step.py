@@ -1,0 +1,101 @@
+"""One training step's loss and gradients, summed over micro-batches.
+
+    total = sum loss_sum / N + aux_loss_weight * (1/M) sum aux + router_z_loss * sum router_z / N_real
+
+over the M micro-batches of a step; N_real is the number of real tokens of the whole step, N the same or all positions,
+as configured. Both are known before the first backward pass, and each micro-batch's gradient is added to the last. So M
+micro-batches give the gradient of one batch (with routing groups of one sequence; a group never crosses a micro-batch).
+Letters: B sequences, S positions, E experts, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glam_ext.data import Batch
+from glam_ext.model import GLaM
+
+
+class StepSums(NamedTuple):
+    """What a step adds to the metrics. On the model's device; nothing was copied to the host."""
+
+    total: Tensor
+    """float64 []: the differentiated loss."""
+    nll: Tensor
+    """float64 []: sum of the negative log-likelihood over real tokens, no z-loss and no aux."""
+    aux: Tensor
+    """float64 []: mean over micro-batches."""
+    router_z: Tensor
+    """float64 []: mean over real tokens, summed over MoE layers."""
+    router_statistics: Tensor
+    """int64 [MoE layers, E + 6]."""
+
+
+def count_tokens(batch: Batch) -> int:
+    """Real tokens of a batch, before anything is sent to a device."""
+    return int(torch.count_nonzero(batch.weights))
+
+
+def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
+    """Consecutive parts of `size` rows."""
+    for first in range(0, len(batch.tokens), size):
+        yield Batch(*(tensor[first : first + size] for tensor in batch))
+
+
+def accumulate_gradients(
+    model: GLaM,
+    batch: Batch,
+    micro_batch_size: int,
+    *,
+    denominator: str = "tokens",
+    seed: int = 0,
+    step: int = 0,
+) -> StepSums:
+    """Adds the gradient of the step's total loss to the parameters' .grad and returns the sums.
+
+    seed, step and the position of a token in the whole batch are the counters of the random routing policies, so these
+    do not depend on the micro-batch size.
+    """
+    config = model.config
+    num_rows, sequence_length = batch.tokens.shape
+    num_real = max(count_tokens(batch), 1)  # a batch of padding alone has the loss 0, not NaN
+    divisor = num_real if denominator == "tokens" else num_rows * sequence_length
+    num_micro_batches = num_rows // micro_batch_size
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    sums: StepSums | None = None
+    first_token = 0
+    for part in micro_batches(batch, micro_batch_size):
+        part = Batch(*(tensor.to(device, non_blocking=True) for tensor in part))
+        loss = model.loss(
+            part.tokens,
+            part.targets,
+            part.weights.to(dtype),
+            part.segment_ids,
+            seed=seed,
+            step=step,
+            first_token=first_token,
+        )
+        total = loss.loss_sum / divisor
+        if config.num_moe_layers:
+            total = total + config.aux_loss_weight / num_micro_batches * loss.aux
+            if config.router_z_loss:
+                total = total + config.router_z_loss / num_real * loss.router_z
+        total.backward()
+        new = StepSums(
+            total=total.detach().double(),
+            nll=torch.where(part.weights != 0, loss.nll.detach().double(), zero).sum(),
+            aux=loss.aux.detach().double() / num_micro_batches,
+            router_z=loss.router_z.detach().double() / num_real,
+            router_statistics=loss.router_statistics,
+        )
+        sums = new if sums is None else StepSums(*(old + more for old, more in zip(sums, new, strict=True)))
+        first_token += part.tokens.numel()
+    if sums is None:
+        raise ValueError("accumulate_gradients: expected a batch of at least one row, got none")
+    return sums
