@@ -63,6 +63,7 @@ class GLaM(nn.Module):
     """
 
     config: GLaMConfig
+    layers: nn.ModuleList
     # In __dict__ from the start: nn.Module's own attributes are parameters, buffers and modules.
     _core: Any
     _adopted: list[tuple[str, nn.Module, str, Tensor]]
@@ -105,9 +106,10 @@ class GLaM(nn.Module):
     @staticmethod
     def _node(nodes: dict[str, nn.Module], path: str) -> nn.Module:
         if path not in nodes:
-            parent, _, name = path.rpartition(".")
-            nodes[path] = _Node()
-            GLaM._node(nodes, parent).add_module(name, nodes[path])
+            parent_path, _, name = path.rpartition(".")
+            parent = GLaM._node(nodes, parent_path)
+            nodes[path] = nn.ModuleList() if path == "layers" else _Node()
+            parent.add_module(name, nodes[path])
         return nodes[path]
 
     # --- the model
@@ -214,7 +216,11 @@ class GLaM(nn.Module):
         built = ("_core", "_adopted", "_nodes", "_sizes", "_modules", "_compiled_call_impl")
         attributes = {name: value for name, value in self.__dict__.items() if name not in built}
         attributes["_modules"] = {name: part for name, part in self._modules.items() if name not in self._nodes}
+        paths = {id(tensor): path for path, _, _, tensor in self._adopted}
+        own = {name: value for name, value in self._parameters.items() if id(value) not in paths}
+        attributes["_parameters"] = own
         return {
+            "aliases": {name: paths[id(value)] for name, value in self._parameters.items() if name not in own},
             "config": self.config,
             "tensors": {path: tensor.detach() for path, _, _, tensor in self._adopted},
             "requires_grad": {path: tensor.requires_grad for path, _, _, tensor in self._adopted},
@@ -234,9 +240,12 @@ class GLaM(nn.Module):
             tensor.data = state["tensors"][path]
             tensor.requires_grad_(state["requires_grad"][path])
             tensor.grad = state["grads"].get(path)
+        for name, path in state["aliases"].items():
+            self.register_parameter(name, self.get_parameter(path))
 
     def _restore_attributes(self, attributes: dict[str, Any]) -> None:
-        self._modules.update(attributes.pop("_modules"))
+        for registry in ("_modules", "_parameters"):
+            self.__dict__[registry].update(attributes.pop(registry))
         self.__dict__.update(attributes)
         for path, node in self._nodes.items():
             if path:
@@ -263,7 +272,7 @@ class GLaM(nn.Module):
         elif any(getattr(node, hooks) for hooks in _HOOKS):
             found, fix = "a hook on it", "hook the whole model, or use glam_ext.functional"
         elif _size(node) != self._sizes[path] or "forward" in vars(node):
-            found, fix = "something added to it", "use glam_ext.functional"
+            found, fix = "something added to it or removed", "use glam_ext.functional"
         elif node.training != self.training:
             raise RuntimeError(
                 f"glam::GLaM: expected {path} to be in {_mode(self)} mode as the whole model, got {_mode(node)}; call "
