@@ -13,7 +13,7 @@ from pathlib import Path
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("glam_ext.recipes.pretrain", "train a model from a TOML file, or resume its run"),
     "prepare": ("glam_ext.recipes.prepare_text", "tokenise and pack text files"),
-    "tokenizer": ("glam_ext.recipes.train_tokenizer", "train a SentencePiece tokenizer"),
+    "tokenizer": ("glam_ext.recipes.tokenizer", "train a SentencePiece tokenizer, encode and decode text"),
     "evaluate": ("glam_ext.recipes.evaluate", "nats, perplexity and bits per byte of a checkpoint on held-out text"),
     "generate": ("glam_ext.recipes.generate", "continue a prompt"),
     "export": ("glam_ext.recipes.export", "write a TorchScript archive for C++ programs"),

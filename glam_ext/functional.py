@@ -376,6 +376,9 @@ def generate(
     row gives the same tokens in any batch where it has the same index.
     """
     batch = tokens.size(0)
+    if batch > 0:
+        in_range = int(lengths.min()) >= 1 and int(lengths.max()) <= tokens.size(1)
+        assert in_range, "glam::generate: expected lengths in [1, N], N being the width of tokens"
     cache = init_cache(batch, tokens.size(1) + max_new_tokens, parameters, options)
     stop = torch.tensor(stop_tokens, dtype=torch.long, device=tokens.device)
     rows = torch.arange(batch, device=tokens.device) * 4294967296

@@ -1,9 +1,14 @@
-"""Prints what the tests run on: results that depend on threads or instruction sets are worth little without them."""
+"""What several folders of tests use, and what the tests run on: results that depend on threads or instruction sets are
+worth little without them."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
 import glam_ext
@@ -17,3 +22,22 @@ def pytest_report_header() -> list[str]:
         f"torch: {info['torch_running']} (compiled against {info['torch_built']}), {torch.get_num_threads()} threads",
         f"instruction sets: {', '.join(cpu['isa_compiled'])} compiled, {cpu['isa_active']} in use",
     ]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for one mebibyte, where the system lets a test mount one."""
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    try:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no mount program here")
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)

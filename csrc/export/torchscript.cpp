@@ -2,14 +2,15 @@
 // compiled from their embedded text, and four methods that pass the parameters to them.
 
 #include <glam/build_info.h>
+#include <glam/checkpoint.h>
 #include <glam/export.h>
 #include <torch/csrc/jit/serialization/import.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "export/archive_file.h"
 #include "export/functional_source.h"
 #include "export/resolver.h"
 
@@ -63,6 +64,9 @@ class Options {
   std::vector<c10::IValue> values_;
 };
 
+// The attribute that freezing asks for; an archive only infers.
+void register_mode(torch::jit::Module& module) { module.register_attribute("training", c10::BoolType::get(), false); }
+
 // Registers each parameter in a tree of modules named as in the state dict; its own module class for every place.
 void add_parameters(torch::jit::Module& root, const nn::GLaM& model, const std::shared_ptr<CompilationUnit>& unit) {
   std::map<std::string, torch::jit::Module> modules = {{"", root}};
@@ -74,6 +78,7 @@ void add_parameters(torch::jit::Module& root, const nn::GLaM& model, const std::
     std::string atom = path;
     std::replace(atom.begin(), atom.end(), '.', '_');
     torch::jit::Module module(c10::QualifiedName(c10::QualifiedName("__torch__.glam"), "Part_" + atom), unit);
+    register_mode(module);
     self(parent, self).register_module(name, module);
     return modules.emplace(path, module).first->second;
   };
@@ -100,7 +105,8 @@ std::string methods_source(const nn::GLaM& model) {
     source << separator << "\"" << item.key() << "\": " << attribute_path(item.key());
     separator = ", ";
   }
-  source << "}\n" << R"(
+  source << "}\n"
+         << R"(
 def forward(self, tokens: Tensor, segment_ids: Optional[Tensor]=None) -> Tensor:
     return functional.forward(tokens, segment_ids, self.parameter_dict(), self.options, False, [0, 0, 0])
 
@@ -118,8 +124,21 @@ def generate(self, tokens: Tensor, lengths: Tensor, max_new_tokens: int, tempera
   return source.str();
 }
 
-[[noreturn]] void fail(const std::filesystem::path& file, const std::string& what) {
-  throw std::runtime_error("glam: " + file.string() + ": " + what);
+[[noreturn]] void refuse(const std::filesystem::path& file, const std::string& what) {
+  throw CheckpointError(file.string() + ": " + what);
+}
+
+// Throws if the archive is not one of this library, or of a format that this version does not know.
+void check_format(const std::filesystem::path& file, const std::string& description) {
+  const auto facts = nlohmann::json::parse(description, nullptr, /*allow_exceptions=*/false);
+  if (!facts.is_object() || !facts.contains("format") || !facts["format"].is_number_integer()) {
+    refuse(file, "expected an archive of glam_ext, got another one; export it with `glam export`");
+  }
+  if (facts["format"].get<int64_t>() > kArchiveFormat) {
+    refuse(file, "expected archive format " + std::to_string(kArchiveFormat) + " or older, got " +
+                     facts["format"].dump() + "; use glam_ext " + facts.value("glam_ext", "of that format") +
+                     " or export it again with this one");
+  }
 }
 
 }  // namespace
@@ -131,53 +150,38 @@ torch::jit::Module to_torchscript(const nn::GLaM& model) {
   unit->define(c10::QualifiedName(jit::kFunctionalPrefix), kFunctionalSource, jit::make_resolver(options_type, nullptr),
                nullptr);
   torch::jit::Module root(c10::QualifiedName("__torch__.glam.GLaM"), unit);
+  register_mode(root);
   add_parameters(root, model, unit);
   root.register_attribute("options", options_type, options.value(options_type));
   root.define(methods_source(model), jit::make_resolver(options_type, unit));
-  root.eval();
   return root;
 }
 
 void export_torchscript(const nn::GLaM& model, const std::filesystem::path& file,
                         const std::map<std::string, std::string>& extra_files) {
-  torch::jit::ExtraFilesMap extra(extra_files.begin(), extra_files.end());
+  auto extra = extra_files;
   extra["config.json"] = model->config().to_json(2);
   extra["glam.json"] = nlohmann::json{{"format", kArchiveFormat}, {"glam_ext", version()}}.dump();
-  const torch::jit::Module module = to_torchscript(model);
-  const std::filesystem::path partial = file.string() + ".partial." + std::to_string(::getpid());
-  std::error_code ignored;
-  try {
-    module.save(partial.string(), extra);
-    std::filesystem::rename(partial, file);
-  } catch (const std::exception& error) {
-    std::filesystem::remove(partial, ignored);
-    fail(file, std::string("expected to write the archive, could not (is the folder there, and has the disk room?): ") +
-                   error.what());
-  }
+  write_archive(to_torchscript(model), file, extra);
 }
 
 Archive load_archive(const std::filesystem::path& file, const std::vector<std::string>& extra_file_names) {
-  if (!std::filesystem::exists(file)) fail(file, "expected an archive, found no file; write one with `glam export`");
-  torch::jit::ExtraFilesMap extra = {{"config.json", ""}, {"glam.json", ""}};
-  for (const auto& name : extra_file_names) extra[name] = "";
-  std::optional<torch::jit::Module> module;
+  if (!std::filesystem::is_regular_file(file)) {
+    refuse(file, "expected an archive, found no file; write one with `glam export`");
+  }
+  std::vector<std::string> names = extra_file_names;
+  names.insert(names.end(), {"config.json", "glam.json"});
+  auto extra = verify_archive(file, names);
+  // Before the code is compiled: a newer one may use ops that this version does not have.
+  check_format(file, extra["glam.json"]);
   try {
-    module = torch::jit::load(file.string(), torch::kCPU, extra);
+    return {torch::jit::load(file.string(), torch::kCPU), GLaMConfig::from_json(extra["config.json"]), extra};
   } catch (const std::exception& error) {
-    fail(file, std::string("expected a TorchScript archive, could not read it (damaged, or another kind of file); export "
-                           "it again with `glam export`: ") + error.what());
+    const auto* const torch_error = dynamic_cast<const c10::Error*>(&error);
+    refuse(file, std::string("expected an archive that this version of glam_ext and torch can read, got: ") +
+                     (torch_error ? torch_error->what_without_backtrace() : error.what()) +
+                     "; export it again with this version");
   }
-  const auto facts = nlohmann::json::parse(extra["glam.json"], nullptr, /*allow_exceptions=*/false);
-  if (!facts.is_object() || !facts.contains("format") || !facts["format"].is_number_integer()) {
-    fail(file, "expected an archive of glam_ext, got another one; export it with `glam export`");
-  }
-  if (facts["format"].get<int64_t>() > kArchiveFormat) {
-    fail(file, "expected format " + std::to_string(kArchiveFormat) + " or older, got " + facts["format"].dump() +
-                   "; use glam_ext " + facts.value("glam_ext", "of that format") + " or export it again with this one");
-  }
-  Archive archive{*module, GLaMConfig::from_json(extra["config.json"]), {}};
-  archive.extra_files.insert(extra.begin(), extra.end());
-  return archive;
 }
 
 }  // namespace glam

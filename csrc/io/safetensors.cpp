@@ -10,7 +10,6 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -22,6 +21,7 @@
 #include <tuple>
 
 #include "glam/checkpoint.h"
+#include "io/file.h"
 #include "io/strict_json.h"
 
 namespace glam {
@@ -56,26 +56,6 @@ constexpr std::array<DtypeName, 10> kDtypes = {{{"F64", at::kDouble},
   throw CheckpointError(file.string() + ": not a whole safetensors file: " + what +
                         "; copy the file again from its source or use another checkpoint");
 }
-
-[[noreturn]] void fail_io(const std::filesystem::path& file, const char* action, int error) {
-  const char* remedy = error == ENOSPC || error == EDQUOT ? "free some space or choose another folder"
-                                                          : "check that the path exists and its permissions";
-  throw CheckpointError(file.string() + ": " + action + " failed: " + std::strerror(error) + "; " + remedy);
-}
-
-class FileDescriptor {
- public:
-  FileDescriptor(const std::filesystem::path& file, int flags) : descriptor_(::open(file.c_str(), flags, 0666)) {
-    if (descriptor_ < 0) fail_io(file, "open", errno);
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  ~FileDescriptor() { ::close(descriptor_); }
-  int get() const { return descriptor_; }
-
- private:
-  int descriptor_;
-};
 
 // Private and writable: a tensor made from it may be changed, and the file stays as it is.
 class MappedFile {
@@ -195,41 +175,6 @@ at::Tensor make_tensor(const std::filesystem::path& file, const Entry& entry, ch
   }
   return at::from_blob(data, entry.shape, [mapping](void*) {}, options);
 }
-
-// Written beside its final name and renamed once it is on disk: a failure leaves what was there before.
-class FileInTheMaking {
- public:
-  explicit FileInTheMaking(const std::filesystem::path& file)
-      : file_(file),
-        partial_(file.string() + ".partial"),
-        descriptor_(partial_, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC) {}
-  FileInTheMaking(const FileInTheMaking&) = delete;
-  FileInTheMaking& operator=(const FileInTheMaking&) = delete;
-  ~FileInTheMaking() {
-    if (!finished_) ::unlink(partial_.c_str());
-  }
-
-  void write(const char* bytes, size_t count) {
-    while (count > 0) {
-      const ssize_t written = ::write(descriptor_.get(), bytes, count);
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) fail_io(file_, "write", errno);
-      bytes += written;
-      count -= static_cast<size_t>(written);
-    }
-  }
-  void finish() {
-    if (::fsync(descriptor_.get()) != 0) fail_io(file_, "fsync", errno);
-    if (::rename(partial_.c_str(), file_.c_str()) != 0) fail_io(file_, "rename", errno);
-    finished_ = true;
-  }
-
- private:
-  std::filesystem::path file_;
-  std::filesystem::path partial_;
-  FileDescriptor descriptor_;
-  bool finished_ = false;
-};
 
 }  // namespace
 

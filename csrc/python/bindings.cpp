@@ -13,6 +13,7 @@
 #include "glam/config.h"
 #include "glam/export.h"
 #include "glam/generate.h"
+#include "glam/load.h"
 #include "glam/nn.h"
 
 namespace py = pybind11;
@@ -146,6 +147,7 @@ void bind_model(py::module_& m) {
              return std::make_shared<GLaMImpl>(glam::GLaMConfig::from_json(config), seed, torch::Device(device));
            }),
            py::arg("config"), py::arg("seed"), py::arg("device"))
+      .def("config", [](const GLaMImpl& model) { return model.config().to_json(); })
       .def("named_parameters",
            [](const GLaMImpl& model) {
              std::vector<std::pair<std::string, at::Tensor>> out;
@@ -153,6 +155,7 @@ void bind_model(py::module_& m) {
              return out;
            })
       .def("train", [](GLaMImpl& model, bool on) { model.train(on); })
+      .def_property_readonly("training", &GLaMImpl::is_training)
       .def(
           "forward",
           [random](GLaMImpl& model, const at::Tensor& tokens, const OptionalTensor& segment_ids,
@@ -170,22 +173,33 @@ void bind_model(py::module_& m) {
       .def("init_cache", &GLaMImpl::init_cache, release_gil())
       .def("step", &GLaMImpl::step, release_gil());
   m.def(
+      "load_model",
+      [](const std::filesystem::path& folder, bool hashes) {
+        return glam::load_model(folder, hashes ? glam::Verify::kHashes : glam::Verify::kSizes).ptr();
+      },
+      py::arg("folder"), py::arg("hashes") = true, release_gil());
+}
+
+void bind_deployment(py::module_& m) {
+  using glam::nn::GLaMImpl;
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  m.def(
       "generate",
       [](const std::shared_ptr<GLaMImpl>& model, const at::Tensor& prompts, const at::Tensor& lengths,
          int64_t max_new_tokens, double temperature, int64_t top_k, double top_p, int64_t seed,
          std::vector<int64_t> stop_tokens, const std::optional<std::function<bool(at::Tensor)>>& on_step) {
         glam::GenerateOptions options{max_new_tokens, temperature, top_k, top_p, seed, std::move(stop_tokens), {}};
-        if (on_step) {
-          options.on_step = [&on_step](const at::Tensor& tokens) {
-            const py::gil_scoped_acquire acquired;
-            return (*on_step)(tokens);
-          };
-        }
+        options.on_step = [&on_step](const at::Tensor& tokens) {
+          const py::gil_scoped_acquire acquired;
+          if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // Ctrl-C
+          return !on_step || (*on_step)(tokens);
+        };
         glam::nn::GLaM holder(model);
         const py::gil_scoped_release released;
         const auto out = glam::generate(holder, prompts, lengths, options);
         return std::make_pair(out.tokens, out.counts);
-      });
+      },
+      "Tokens int64 [B, max_new_tokens] and counts int32 [B], as glam::generate; on_step gets each step's tokens.");
   m.def(
       "export_torchscript",
       [](const std::shared_ptr<GLaMImpl>& model, const std::filesystem::path& file,
@@ -193,6 +207,18 @@ void bind_model(py::module_& m) {
         glam::export_torchscript(glam::nn::GLaM(model), file, extra_files);
       },
       py::arg("model"), py::arg("file"), py::arg("extra_files"), release_gil());
+  m.def(
+      "load_archive",
+      [](const std::filesystem::path& file, const std::vector<std::string>& extra_file_names) {
+        const auto archive = [&] {
+          const py::gil_scoped_release released;
+          return glam::load_archive(file, extra_file_names);
+        }();
+        py::dict extra_files;
+        for (const auto& [name, content] : archive.extra_files) extra_files[py::str(name)] = py::bytes(content);
+        return py::make_tuple(archive.module, archive.config.to_json(), extra_files);
+      },
+      py::arg("file"), py::arg("extra_file_names"));
 }
 
 }  // namespace
@@ -202,4 +228,5 @@ PYBIND11_MODULE(_C, m) {
   bind_config(m);
   bind_io(m);
   bind_model(m);
+  bind_deployment(m);
 }

@@ -6,7 +6,7 @@ of processes can read what any other wrote. Nothing is ever unpickled.
 """
 
 from glam_ext.checkpoint.folder import CheckpointError, find_checkpoint, step_folders, step_of, verify_checkpoint
-from glam_ext.checkpoint.load import Checkpoint, load_checkpoint
+from glam_ext.checkpoint.load import Checkpoint, load_checkpoint, load_trainer
 from glam_ext.checkpoint.save import save_checkpoint
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "find_checkpoint",
     "load_checkpoint",
+    "load_trainer",
     "save_checkpoint",
     "step_folders",
     "step_of",

@@ -44,7 +44,7 @@ def load_checkpoint(path: str | os.PathLike[str], hashes: bool = True) -> Checkp
         config=folder.config,
         model=_load_tensors(folder, "model"),
         optimizer=_load_tensors(folder, "optimizer"),
-        trainer=_load_trainer(folder),
+        trainer=load_trainer(folder),
     )
 
 
@@ -64,7 +64,8 @@ def _load_tensors(folder: VerifiedFolder, stem: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _load_trainer(folder: VerifiedFolder) -> dict[str, Any]:
+def load_trainer(folder: VerifiedFolder) -> dict[str, Any]:
+    """trainer.json of a folder; empty for an exported model."""
     if not folder.has(TRAINER):
         return {}
     file = folder.path / TRAINER

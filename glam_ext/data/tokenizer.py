@@ -130,10 +130,8 @@ class Tokenizer:
                 raise DataError(f"tokenizer: expected ids in [0, {self.vocab_size}), got {token}")
         return self._processor.decode(ids)
 
-    def save(self, path: str | Path) -> None:
-        """Write the model (`path`, ends in .model) and a .json beside it that says what it is."""
-        path = Path(path)
-        path.write_bytes(self.model)
+    def describe(self) -> str:
+        """JSON that says what the model is: its vocabulary size, special ids and hash."""
         description = {
             "format": "glam-tokenizer",
             "format_version": FORMAT_VERSION,
@@ -141,7 +139,13 @@ class Tokenizer:
             "special_ids": SPECIAL_IDS,
             "hash": self.hash,
         }
-        path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        return json.dumps(description, indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the model (`path`, ends in .model) and a .json beside it that says what it is."""
+        path = Path(path)
+        path.write_bytes(self.model)
+        path.with_suffix(".json").write_text(self.describe(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -173,6 +177,14 @@ class Tokenizer:
                 f"{path}: its pieces do not match the hash in {description_path.name}; train or copy both again"
             )
         return tokenizer
+
+    def check_hash(self, expected: str | None, name: str | Path) -> None:
+        """Raise DataError unless this is the tokenizer of a model trained with hash `expected` (None: not recorded)."""
+        if expected is not None and expected != self.hash:
+            raise DataError(
+                f"{name}: is not the tokenizer that the model was trained with (hash {self.hash[:12]}, expected "
+                f"{expected[:12]}); use the one of its training data"
+            )
 
     def _hash(self) -> str:
         """SHA-256 over the pieces, scores and kinds: what decides the ids, and nothing that differs between runs."""

@@ -25,8 +25,8 @@ inline constexpr int64_t kArchiveFormat = 1;
 // glam_ext/functional.py.
 torch::jit::Module to_torchscript(const nn::GLaM& model);
 
-// Writes the archive beside `file` and renames it into place. Throws std::runtime_error naming the file if that fails;
-// nothing is left half-written.
+// Writes the archive beside `file`, syncs it and renames it into place; the same model gives the same bytes. Throws
+// CheckpointError (glam/checkpoint.h) naming the file and the remedy; nothing is left half-written.
 void export_torchscript(const nn::GLaM& model, const std::filesystem::path& file,
                         const std::map<std::string, std::string>& extra_files = {});
 
@@ -37,8 +37,9 @@ struct Archive {
   std::map<std::string, std::string> extra_files;  // config.json, glam.json and those asked for
 };
 
-// Loads an archive and checks its format. Throws std::runtime_error that names the file and the remedy: not an archive,
-// damaged, not from this library, or of a newer format.
+// Loads an archive after checking its format and the checksum of every record. Extra files it does not have are absent
+// from the result. Throws CheckpointError that names the file and the remedy: not an archive, damaged, not from this
+// library, or of a newer format.
 Archive load_archive(const std::filesystem::path& file, const std::vector<std::string>& extra_file_names = {});
 
 }  // namespace glam

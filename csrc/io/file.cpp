@@ -1,0 +1,51 @@
+#include "io/file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "glam/checkpoint.h"
+
+namespace glam {
+
+void fail_io(const std::filesystem::path& file, const char* action, int error) {
+  const char* remedy = error == ENOSPC || error == EDQUOT ? "free some space or choose another folder"
+                                                          : "check that the path exists and its permissions";
+  throw CheckpointError(file.string() + ": " + action + " failed: " + std::strerror(error) + "; " + remedy);
+}
+
+FileDescriptor::FileDescriptor(const std::filesystem::path& file, int flags)
+    : descriptor_(::open(file.c_str(), flags, 0666)) {
+  if (descriptor_ < 0) fail_io(file, "open", errno);
+}
+
+FileDescriptor::~FileDescriptor() { ::close(descriptor_); }
+
+FileInTheMaking::FileInTheMaking(const std::filesystem::path& file)
+    : file_(file),
+      partial_(file.string() + ".partial"),
+      descriptor_(partial_, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC) {}
+
+FileInTheMaking::~FileInTheMaking() {
+  if (!finished_) ::unlink(partial_.c_str());
+}
+
+void FileInTheMaking::write(const char* bytes, size_t count) {
+  while (count > 0) {
+    const ssize_t written = ::write(descriptor_.get(), bytes, count);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) fail_io(file_, "write", errno);
+    bytes += written;
+    count -= static_cast<size_t>(written);
+  }
+}
+
+void FileInTheMaking::finish() {
+  if (::fsync(descriptor_.get()) != 0) fail_io(file_, "fsync", errno);
+  if (::rename(partial_.c_str(), file_.c_str()) != 0) fail_io(file_, "rename", errno);
+  finished_ = true;
+}
+
+}  // namespace glam

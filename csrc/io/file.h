@@ -1,0 +1,42 @@
+// Files of the system: an open descriptor, errors that say what to do, and a file that appears whole or not at all.
+#pragma once
+
+#include <filesystem>
+
+namespace glam {
+
+// Throws CheckpointError for a failed call on `file`; `error` is its errno.
+[[noreturn]] void fail_io(const std::filesystem::path& file, const char* action, int error);
+
+class FileDescriptor {
+ public:
+  // `flags` of open(2). Throws CheckpointError.
+  FileDescriptor(const std::filesystem::path& file, int flags);
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  ~FileDescriptor();
+  int get() const { return descriptor_; }
+
+ private:
+  int descriptor_;
+};
+
+// Written beside its final name and renamed once it is on disk: a failure leaves what was there before.
+class FileInTheMaking {
+ public:
+  explicit FileInTheMaking(const std::filesystem::path& file);
+  FileInTheMaking(const FileInTheMaking&) = delete;
+  FileInTheMaking& operator=(const FileInTheMaking&) = delete;
+  ~FileInTheMaking();
+
+  void write(const char* bytes, size_t count);
+  void finish();
+
+ private:
+  std::filesystem::path file_;
+  std::filesystem::path partial_;
+  FileDescriptor descriptor_;
+  bool finished_ = false;
+};
+
+}  // namespace glam
