@@ -48,12 +48,13 @@ CASES = {
     "sampled second choice": {"second_policy": "sampling"},
     "jitter": {"router_jitter": 0.2},
 }
+DENSE = {"dense": {"num_experts": 0}, "one expert": {"num_experts": 1, "tie_embedding": False, "logit_cap": 3.0}}
 COUNTERS = [5, 3, 48]  # seed, step, first token
 BATCH, SIZE = 2, 24
 
 
 def config_of(case: str) -> GLaMConfig:
-    return dataclasses.replace(BASE, **CASES[case])
+    return dataclasses.replace(BASE, **{**CASES, **DENSE}[case])
 
 
 def parameters_of(config: GLaMConfig) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def test_functional_form_equals_the_oracle(case: str) -> None:
     assert_gradients(dict(zip(parameters, gradients, strict=True)), expected_gradients(config, parameters))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *DENSE])
 def test_model_equals_the_oracle(case: str) -> None:
     config = config_of(case)
     parameters, batch = parameters_of(config), batch_of(config)
@@ -164,14 +165,18 @@ def test_model_equals_the_oracle(case: str) -> None:
     assert expected.loss_sum is not None
     torch.testing.assert_close(loss.loss_sum, expected.loss_sum, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss.aux, expected.aux, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.router_z, expected.router_z, rtol=1e-12, atol=0)
+    assert int(loss.num_tokens) == int((batch["segment_ids"] != 0).sum())
+    assert loss.router_statistics.shape == (config.num_moe_layers, config.num_experts + 6)
     total_of(loss.loss_sum, loss.aux, loss.router_z).backward()
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_gradients({name: actual[name] for name in parameters}, expected_gradients(config, parameters))
     assert actual.keys() == parameters.keys()
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize(
+    ("case", "factor"), [*((case, None) for case in [*CASES, *DENSE]), *((case, 1.0) for case in CASES)]
+)
 def test_logits_in_evaluation_equal_the_oracle(case: str, factor: float | None) -> None:
     config = dataclasses.replace(config_of(case), eval_capacity_factor=factor)
     parameters, batch = parameters_of(config), batch_of(config)
@@ -187,3 +192,64 @@ def test_logits_in_evaluation_equal_the_oracle(case: str, factor: float | None) 
             functional.forward(batch["tokens"], batch["segment_ids"], parameters, options, False, [0, 0, 0]),
         ):
             torch.testing.assert_close(logits[real], expected.logits[real], rtol=1e-11, atol=1e-12)
+
+
+def parameters_with_margins(config: GLaMConfig) -> dict[str, Tensor]:
+    """Parameters in bfloat16's numbers whose router decides by wide margins, so that rounding moves no token.
+
+    A token's embedding names its two experts; the branches add little to it.
+    """
+    parameters = oracle.random_parameters(config, seed=11)
+    for name, value in parameters.items():
+        if name == "embedding.weight":
+            value *= 0.2
+            for v in range(config.vocab_size):
+                first = v % config.num_experts
+                value[v, first] += 4
+                value[v, (first + 1 + v // config.num_experts % 3) % config.num_experts] += 2
+        elif name.endswith(("moe.wo", "ffn.wo", "attention.o")):
+            value *= 0.1
+        elif name.endswith("router"):
+            value.copy_(torch.eye(*value.shape, dtype=torch.float64) * 1.5)
+    return {name: value.bfloat16().double() for name, value in parameters.items()}
+
+
+# Of the loss and of each gradient's norm: some roundings of float32, or of bfloat16's 8 bits, in a row.
+PRECISIONS = {
+    "float32": ("float32", torch.float32, 3e-7, 3e-6),
+    "bfloat16": ("bfloat16", torch.float32, 1e-3, 3e-2),
+    "bfloat16 parameters": ("bfloat16", torch.bfloat16, 1e-3, 3e-2),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", ["default", "geglu experts, untied", "caps and smoothing"])
+def test_rounding_is_the_dtypes(case: str, precision: str) -> None:
+    """float32 and bfloat16 against the float64 oracle, with the same routing (asserted)."""
+    compute_dtype, dtype, loss_tolerance, tolerance = PRECISIONS[precision]
+    config = dataclasses.replace(config_of(case), compute_dtype=compute_dtype)
+    if compute_dtype == "bfloat16" and config.expert_activation == "relu":
+        # A pre-activation that rounds across 0 turns a ReLU's whole gradient on or off: no bound of rounding holds.
+        config = dataclasses.replace(config, expert_activation="gelu")
+    parameters, batch = parameters_with_margins(config), batch_of(config)
+    batch["weights"] = batch["weights"].float()
+    expected = oracle_output(config, parameters)
+    model = glam_ext.GLaM(config).to(dtype)
+    model.load_state_dict(parameters)
+    loss = model.loss(**batch)
+    rows_of_expert = torch.stack([(c != 0).sum((0, 1, 3)) for c in expected.combine_of_layer])
+    assert torch.equal(loss.router_statistics[:, : config.num_experts], rows_of_expert)
+    assert loss.router_statistics[:, config.num_experts : config.num_experts + 2].sum() > 0
+    assert expected.loss_sum is not None
+    for actual, wanted in ((loss.loss_sum, expected.loss_sum), (loss.aux, expected.aux)):
+        assert actual.dtype == torch.float32
+        assert abs(actual.item() - wanted.item()) <= loss_tolerance * abs(wanted.item())
+    total_of(loss.loss_sum, loss.aux, loss.router_z).backward()
+    leaves = {name: value.requires_grad_() for name, value in parameters.items()}
+    wanted_gradients = expected_gradients(config, leaves)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == dtype
+        wanted = wanted_gradients[name]
+        error = (parameter.grad.double() - wanted).norm() / wanted.norm()
+        assert error <= tolerance, f"{name}: {error:.2e}"
