@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +93,11 @@ def deploy(tmp_path_factory: pytest.TempPathFactory) -> Program:
     build = tmp_path_factory.mktemp("deploy") / "build"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PATH": path}
-    prefix = f"-DCMAKE_PREFIX_PATH={glam_ext.cmake_prefix_path}"
+    settings = [f"-DCMAKE_PREFIX_PATH={glam_ext.cmake_prefix_path}"]
+    if shutil.which("ccache"):
+        settings.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
     source = ROOT / "examples" / "deploy_cpp"
-    succeed("cmake", "-G", "Ninja", "-S", source, "-B", build, prefix, env=environment)
+    succeed("cmake", "-G", "Ninja", "-S", source, "-B", build, *settings, env=environment)
     succeed("cmake", "--build", build, "--parallel", "2", env=environment)
     cache = (build / "CMakeCache.txt").read_text()
     return Program(build / "deploy", bool(re.search(r"^SENTENCEPIECE_FOUND:INTERNAL=1$", cache, re.MULTILINE)))
