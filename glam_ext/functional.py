@@ -1,12 +1,12 @@
 """GLaM as functions of its parameters, over the ops of the library: the model's wiring as one readable text.
 
-What `torch.compile`, `torch.export`, hooks, LoRA and research edits use; it equals `glam_ext.GLaM` bit for bit. The part
-between the two marker lines is also the source of the exported TorchScript module, so it keeps to TorchScript's subset of
-Python: plain functions, a dict of tensors named as in `GLaM.state_dict()`, and the settings in `Options`.
+What `torch.compile`, `torch.export`, hooks, LoRA and research edits use; it equals `glam_ext.GLaM` bit for bit. The
+part between the two marker lines is also the source of the exported TorchScript module, so it keeps to TorchScript's
+subset of Python: plain functions, a dict of tensors named as in `GLaM.state_dict()`, and the settings in `Options`.
 
 Letters: B sequences, S positions, N new positions of a step, T = B * S tokens, D model dim, F hidden dim, H heads,
-A head dim, E experts, V vocabulary. Activations are in the compute dtype (float64 for a float64 model); router, softmaxes
-and losses in float32.
+A head dim, E experts, V vocabulary. Activations are in the compute dtype (float64 for a float64 model); router,
+softmaxes and losses in float32.
 Sources: GLaM (arXiv 2112.06905) section 3; google/praxis glam.py and tensorflow/lingvo gshard_builder.py.
 """
 
@@ -279,6 +279,9 @@ def loss(
     Sums over the tokens of this call; aux is reduced over the MoE layers as configured, router_z summed over them.
     random: [seed, step, index of the first token in the global batch], for the random routing policies.
     """
+    assert targets.shape == tokens.shape, "glam::GLaM.loss: expected targets to be [B, S] as tokens, got another shape"
+    if weights is not None:
+        assert weights.shape == tokens.shape, "glam::GLaM.loss: expected weights to be [B, S] as tokens"
     h_BSD, aux, router_z, statistics = hidden_states(tokens, segment_ids, parameters, options, training, random)
     table_VD = output_table(parameters, options)
     loss_sum, nll, _ = torch.ops.glam.linear_cross_entropy(
@@ -306,7 +309,8 @@ def loss(
 def init_cache(batch: int, max_len: int, parameters: Dict[str, Tensor], options: Options) -> List[Tensor]:
     """Keys and values of each layer in turn, [batch, max_len, H, A] of the compute dtype, zero."""
     table = parameters["embedding.weight"]
-    empty = torch.ops.glam.to_compute_dtype(torch.zeros([0], dtype=table.dtype, device=table.device), options.compute_dtype)
+    empty = torch.zeros([0], dtype=table.dtype, device=table.device)
+    empty = torch.ops.glam.to_compute_dtype(empty, options.compute_dtype)
     cache: List[Tensor] = []
     for _ in range(2 * options.num_layers):
         cache.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,35 @@ def test_forward_runs_through_inductor() -> None:
     compiled = torch.compile(functional.forward, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*arguments), functional.forward(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_archive_has_the_models_bits(variant: str, tmp_path: Path) -> None:
+    """The same text compiled as TorchScript."""
+    model = build(config_of(variant))
+    _C.export_torchscript(model._core, tmp_path / "glam.pt", {})
+    archive = torch.jit.load(tmp_path / "glam.pt")
+    batch = batch_of(model.eval().config)
+    tokens, lengths = batch["tokens"], torch.tensor([5, 16, 9], dtype=torch.int32)
+    positions = torch.zeros(3, dtype=torch.int32)
+    with torch.no_grad():
+        assert torch.equal(archive(tokens, batch["segment_ids"]), model(tokens, batch["segment_ids"]))
+        logits, cache = archive.step(tokens, archive.init_cache(3, 16), positions, lengths)
+        expected_cache = model.init_cache(3, 16)
+        assert torch.equal(logits, model.step(tokens, expected_cache, positions, lengths))
+        assert_same_bits(dict(enumerate(cache)), dict(enumerate(expected_cache)))
+    sampling = (8, 0.8, 20, 0.9, 7, [1])
+    expected = _C.generate(model._core, tokens, lengths, *sampling, None)
+    assert all(torch.equal(a, b) for a, b in zip(archive.generate(tokens, lengths, *sampling), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["targets", "weights"])
+def test_a_transposed_argument_is_named(name: str) -> None:
+    config = config_of()
+    batch = batch_of(config)
+    batch[name] = batch[name].T
+    with pytest.raises(AssertionError, match=rf"expected {name} to be \[B, S\] as tokens"):
+        functional_results(leaves(build(config)), batch, config)
 
 
 class Exported(torch.nn.Module):
