@@ -113,7 +113,8 @@ class CMakeBuild(build_ext):
     def _configured_for_other(build_dir: Path, torch_lib: Path) -> bool:
         """Whether the build folder belongs to another Python or torch, whose cached paths would be reused silently."""
         stamp = build_dir / "configured_for.txt"
-        wanted = f"{sys.executable}\n{torch_lib}\n"
+        # Not sys.executable: python and python3 of one environment are the same.
+        wanted = f"{sys.prefix}\nPython {sys.version_info.major}.{sys.version_info.minor}\n{torch_lib}\n"
         stale = stamp.exists() and stamp.read_text() != wanted
         build_dir.mkdir(parents=True, exist_ok=True)
         stamp.write_text(wanted)
