@@ -37,8 +37,9 @@ class Segments {
     } else {
       offsets_ = {0, static_cast<int32_t>(num_rows)};
     }
-    TORCH_CHECK(offsets_.front() == 0 && std::is_sorted(offsets_.begin(), offsets_.end()) && offsets_.back() <= num_rows,
-                op, ": expected offsets to ascend from 0 to at most R = ", num_rows, ", got ", offsets_);
+    TORCH_CHECK(
+        offsets_.front() == 0 && std::is_sorted(offsets_.begin(), offsets_.end()) && offsets_.back() <= num_rows, op,
+        ": expected offsets to ascend from 0 to at most R = ", num_rows, ", got ", offsets_);
   }
   int64_t count() const { return static_cast<int64_t>(offsets_.size()) - 1; }
   int64_t begin(int64_t segment) const { return offsets_[segment]; }
@@ -96,7 +97,9 @@ struct Weights {
   bool round;
 
   Weights(const Tensor& wi_, const Tensor& wo_, const OptionalTensor& wg_, at::ScalarType compute)
-      : wi(wi_.contiguous()), wo(wo_.contiguous()), wg(wg_ ? wg_->contiguous() : Tensor()),
+      : wi(wi_.contiguous()),
+        wo(wo_.contiguous()),
+        wg(wg_ ? wg_->contiguous() : Tensor()),
         round(compute == at::kBFloat16) {}
   Operand columns(const Tensor& weight, int64_t expert) const { return rounded(outer_columns(weight[expert])); }
   Operand transposed_columns(const Tensor& weight, int64_t expert) const {
@@ -176,7 +179,8 @@ Gradients backward(const Operand& grad, const Operand& rows, const Segments& seg
   for (int64_t s = 0; s < segments.count(); ++s) {
     if (segments.rows(s) == 0) continue;
     through_wo.push_back({rows_from(grad, segments.begin(s)),
-                          weights.transposed_columns(weights.wo, segments.expert(s)), Output{}, segments.rows(s), F, D});
+                          weights.transposed_columns(weights.wo, segments.expert(s)), Output{}, segments.rows(s), F,
+                          D});
     first_row.push_back(segments.begin(s));
   }
   const Type type = type_of(grad_pre);
@@ -267,8 +271,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& gra
   const Weights weights(wi, wo, wg, rows.scalar_type());
   const Gradients gradients = dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    return backward<T>(outer_rows(grad), outer_rows(rows), segments, {pre.contiguous(), pre_gate.contiguous()},
-                       weights, activation_of(activation), nullptr, nullptr);
+    return backward<T>(outer_rows(grad), outer_rows(rows), segments, {pre.contiguous(), pre_gate.contiguous()}, weights,
+                       activation_of(activation), nullptr, nullptr);
   });
   return {gradients.rows.to(rows.scalar_type()), gradients.wi, gradients.wo, gradients.wg};
 }
@@ -281,8 +285,11 @@ struct PlanView {
   int64_t num_tokens, num_choices, num_rows;
 
   PlanView(const Tensor& row_of_choice_, const Tensor& choice_of_row_)
-      : row_of_choice(row_of_choice_.contiguous()), choice_of_row(choice_of_row_.contiguous()),
-        num_tokens(row_of_choice.size(0)), num_choices(row_of_choice.size(1)), num_rows(choice_of_row.size(0)) {
+      : row_of_choice(row_of_choice_.contiguous()),
+        choice_of_row(choice_of_row_.contiguous()),
+        num_tokens(row_of_choice.size(0)),
+        num_choices(row_of_choice.size(1)),
+        num_rows(choice_of_row.size(0)) {
     check_range("row_of_choice", row_of_choice, num_rows, "R");
     check_range("choice_of_row", choice_of_row, num_tokens * num_choices, "T * K");
   }
@@ -299,8 +306,8 @@ struct PlanView {
   static void check_range(const char* name, const Tensor& indices, int64_t end, const char* end_name) {
     const auto* values = indices.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < indices.numel(); ++i) {
-      TORCH_CHECK(values[i] >= -1 && values[i] < end, "glam::moe_mlp: expected ", name, " in [-1, ", end_name, ") with ",
-                  end_name, " = ", end, ", got ", values[i]);
+      TORCH_CHECK(values[i] >= -1 && values[i] < end, "glam::moe_mlp: expected ", name, " in [-1, ", end_name,
+                  ") with ", end_name, " = ", end, ", got ", values[i]);
     }
   }
 };
@@ -315,15 +322,14 @@ void combine(const Tensor& rows, const PlanView& plan, const T* gates, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_mlp_forward(const Tensor& x_, const Tensor& gates_, const Tensor& row_of_choice,
-                                                   const Tensor& choice_of_row, const Tensor& offsets,
-                                                   const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                                                   const Tensor& choice_of_row, const Tensor& offsets, const Tensor& wi,
+                                                   const Tensor& wo, const OptionalTensor& wg,
                                                    c10::string_view activation) {
   const Tensor x = x_.contiguous(), gates = gates_.contiguous(), y = at::empty_like(x);
   const PlanView plan(row_of_choice, choice_of_row);
   const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
   const Weights weights(wi, wo, wg, x.scalar_type());
-  const Tensor out =
-      at::empty({plan.num_rows, x.size(1)}, x.options().dtype(accumulation_dtype(x.scalar_type())));
+  const Tensor out = at::empty({plan.num_rows, x.size(1)}, x.options().dtype(accumulation_dtype(x.scalar_type())));
   const Hidden hidden = dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Hidden result = forward<T>(plan.gather(x), x, segments, weights, activation_of(activation), out);

@@ -52,9 +52,8 @@ class Batch {
       for_range(begin, end, &Slice::first_strip, [&](const Slice& slice, int64_t first, int64_t last) {
         const Product& p = products_[slice.product];
         const int64_t width = functions_.tile_columns;
-        functions_.pack(p.b, slice.column + first * width,
-                        slice.column + std::min(last * width, slice.columns), p.k, width,
-                        packed + slice.packed + first * width * p.k);
+        functions_.pack(p.b, slice.column + first * width, slice.column + std::min(last * width, slice.columns), p.k,
+                        width, packed + slice.packed + first * width * p.k);
       });
     });
     at::parallel_for(0, num_tasks_, 1, [&](int64_t begin, int64_t end) {
@@ -77,8 +76,8 @@ class Batch {
   void for_range(int64_t begin, int64_t end, int64_t Slice::* start, F&& f) const {
     for (size_t i = 0; i < slices_.size(); ++i) {
       const int64_t slice_begin = slices_[i].*start;
-      const int64_t slice_end = i + 1 < slices_.size() ? slices_[i + 1].*start
-                                                       : (start == &Slice::first_strip ? num_strips_ : num_tasks_);
+      const int64_t slice_end =
+          i + 1 < slices_.size() ? slices_[i + 1].*start : (start == &Slice::first_strip ? num_strips_ : num_tasks_);
       const int64_t first = std::max(begin, slice_begin), last = std::min(end, slice_end);
       if (first < last) f(slices_[i], first - slice_begin, last - slice_begin);
     }
@@ -121,7 +120,8 @@ void run(const std::vector<Product>& products, const RowEpilogue<T>* epilogue) {
     const Product& p = products[i];
     if (p.m == 0 || p.n == 0) continue;
     // Whole column blocks at a time; with an epilogue a product stays in one piece.
-    const int64_t fitting = std::max(limit / std::max<int64_t>(p.k, 1) / kColumnsPerBlock, int64_t{1}) * kColumnsPerBlock;
+    const int64_t fitting =
+        std::max(limit / std::max<int64_t>(p.k, 1) / kColumnsPerBlock, int64_t{1}) * kColumnsPerBlock;
     const int64_t step = epilogue ? p.n : std::min(p.n, fitting);
     for (int64_t column = 0; column < p.n; column += step) {
       const int64_t columns = std::min(step, p.n - column);
@@ -172,7 +172,9 @@ Operand outer_rows(const at::Tensor& matrix) {
 Operand outer_columns(const at::Tensor& matrix) { return outer_rows(matrix.t()); }
 
 Output output_to(const at::Tensor& matrix, bool accumulate) {
-  return {.data = matrix.mutable_data_ptr(), .type = type_of(matrix), .row_stride = matrix.stride(0),
+  return {.data = matrix.mutable_data_ptr(),
+          .type = type_of(matrix),
+          .row_stride = matrix.stride(0),
           .accumulate = accumulate};
 }
 

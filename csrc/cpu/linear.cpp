@@ -24,8 +24,12 @@ Tensor linear(const Tensor& x, const Tensor& weight_) {
   Operand b = outer_columns(weight);
   b.round_to_bf16 = x.scalar_type() == at::kBFloat16;
   dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    run_products<decltype(zero)>({{.a = outer_rows(x_MK), .b = b, .c = output_to(y_MN),
-                                   .m = y_MN.size(0), .n = y_MN.size(1), .k = x_MK.size(1)}});
+    run_products<decltype(zero)>({{.a = outer_rows(x_MK),
+                                   .b = b,
+                                   .c = output_to(y_MN),
+                                   .m = y_MN.size(0),
+                                   .n = y_MN.size(1),
+                                   .k = x_MK.size(1)}});
   });
   return y;
 }
@@ -37,8 +41,12 @@ Tensor weight_gradient(const Tensor& x, const Tensor& grad, at::ScalarType dtype
   if (x.numel() == 0) return grad_weight.zero_();
   const Tensor x_MK = as_matrix(x), grad_MN = as_matrix(grad);
   dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    run_products<decltype(zero)>({{.a = outer_rows(x_MK.t()), .b = outer_columns(grad_MN), .c = output_to(grad_weight),
-                                   .m = x_MK.size(1), .n = grad_MN.size(1), .k = x_MK.size(0)}});
+    run_products<decltype(zero)>({{.a = outer_rows(x_MK.t()),
+                                   .b = outer_columns(grad_MN),
+                                   .c = output_to(grad_weight),
+                                   .m = x_MK.size(1),
+                                   .n = grad_MN.size(1),
+                                   .k = x_MK.size(0)}});
   });
   return grad_weight;
 }

@@ -34,17 +34,16 @@ template <class T, class F>
 void multiply_block(const Tensor& hidden, const Tensor& embedding, int64_t column, int64_t columns, F&& finish) {
   Operand b = outer_rows(embedding.narrow(0, column, columns));
   b.round_to_bf16 = hidden.scalar_type() == at::kBFloat16;
-  run_products<T>({{.a = outer_rows(hidden), .b = b, .c = {}, .m = hidden.size(0), .n = columns, .k = hidden.size(1)}},
-                  [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) {
-                    finish(row, rows, values, stride);
-                  });
+  run_products<T>(
+      {{.a = outer_rows(hidden), .b = b, .c = {}, .m = hidden.size(0), .n = columns, .k = hidden.size(1)}},
+      [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) { finish(row, rows, values, stride); });
 }
 
 void check_targets(const Tensor& targets, int64_t vocabulary) {
   const auto* values = targets.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < targets.numel(); ++i) {
-    TORCH_CHECK(values[i] >= 0 && values[i] < vocabulary, kOp, ": expected targets in [0, V) with V = ",
-                vocabulary, " (give padding a valid id and weight 0), got ", values[i], " at ", i);
+    TORCH_CHECK(values[i] >= 0 && values[i] < vocabulary, kOp, ": expected targets in [0, V) with V = ", vocabulary,
+                " (give padding a valid id and weight 0), got ", values[i], " at ", i);
   }
 }
 
@@ -64,9 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> vocabulary_statistics(const Tensor& hidden_, 
     T *const sum_T = logit_sum.mutable_data_ptr<T>(), *const target_T = target_logit.mutable_data_ptr<T>();
     for_each_block(embedding.size(0), [&](int64_t column, int64_t columns) {
       multiply_block<T>(hidden, embedding, column, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
-        loss_functions<T>().accumulate({values, stride, row, rows, vocab_start + column, columns,
-                                        static_cast<T>(scale), static_cast<T>(logit_cap),
-                                        targets.const_data_ptr<int64_t>()},
+        loss_functions<T>().accumulate({values, stride, row, rows, vocab_start + column, columns, static_cast<T>(scale),
+                                        static_cast<T>(logit_cap), targets.const_data_ptr<int64_t>()},
                                        max_T, exp_T, sum_T, target_T);
       });
     });
@@ -90,8 +88,8 @@ std::tuple<Tensor, Tensor> cross_entropy_sum(const Tensor& lse, const Tensor& ta
       nll.mutable_data_ptr<T>()[t] = lse_T[t] - target_T[t];
       if (weight_T && weight_T[t] == T(0)) continue;  // padding: not even a NaN enters the sum
       const double smooth = label_smoothing > 0 ? label_smoothing * (lse_T[t] - sum_T[t] / vocabulary) : 0;
-      const double loss = (1 - label_smoothing) * (double(lse_T[t]) - target_T[t]) + smooth +
-                          z_loss * double(lse_T[t]) * lse_T[t];
+      const double loss =
+          (1 - label_smoothing) * (double(lse_T[t]) - target_T[t]) + smooth + z_loss * double(lse_T[t]) * lse_T[t];
       total += (weight_T ? weight_T[t] : T(1)) * loss;
     }
     *loss_sum.mutable_data_ptr<T>() = static_cast<T>(total);
@@ -104,10 +102,12 @@ void check_no_gradient(const char* name, const OptionalTensor& grad) {
               " (detach it before it enters a loss)");
 }
 
-std::tuple<Tensor, Tensor> linear_cross_entropy_backward(
-    const Tensor& grad_loss, const OptionalTensor& grad_nll, const OptionalTensor& grad_lse, const Tensor& hidden_,
-    const Tensor& embedding_, const Tensor& targets_, const OptionalTensor& weights, const Tensor& lse, double scale,
-    double z_loss, double label_smoothing, double logit_cap, int64_t vocab_start, int64_t vocabulary) {
+std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss, const OptionalTensor& grad_nll,
+                                                         const OptionalTensor& grad_lse, const Tensor& hidden_,
+                                                         const Tensor& embedding_, const Tensor& targets_,
+                                                         const OptionalTensor& weights, const Tensor& lse, double scale,
+                                                         double z_loss, double label_smoothing, double logit_cap,
+                                                         int64_t vocab_start, int64_t vocabulary) {
   check_no_gradient("nll", grad_nll);
   check_no_gradient("lse", grad_lse);
   const Tensor hidden = hidden_.contiguous(), embedding = embedding_.contiguous(), targets = targets_.contiguous();
@@ -126,25 +126,31 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(
       target_T[t] = weight * static_cast<T>(1 - label_smoothing);
       uniform_T[t] = weight * static_cast<T>(label_smoothing / vocabulary);
     }
-    const Tensor grad_logits =
-        at::empty({num_tokens, std::min(kVocabularyBlock, embedding.size(0))}, hidden.options());
+    const Tensor grad_logits = at::empty({num_tokens, std::min(kVocabularyBlock, embedding.size(0))}, hidden.options());
     for_each_block(embedding.size(0), [&](int64_t column, int64_t columns) {
       const Tensor block = grad_logits.narrow(1, 0, columns);
       const Output block_out = output_to(block);
       multiply_block<T>(hidden, embedding, column, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
-        loss_functions<T>().differentiate({values, stride, row, rows, vocab_start + column, columns,
-                                           static_cast<T>(scale), static_cast<T>(logit_cap),
-                                           targets.const_data_ptr<int64_t>()},
-                                          lse_T, softmax_T.data(), target_T.data(), uniform_T.data());
+        loss_functions<T>().differentiate(
+            {values, stride, row, rows, vocab_start + column, columns, static_cast<T>(scale), static_cast<T>(logit_cap),
+             targets.const_data_ptr<int64_t>()},
+            lse_T, softmax_T.data(), target_T.data(), uniform_T.data());
         gemm_functions<T>().store(values, stride, rows, columns, block_out, row, 0);
       });
       const Tensor rows = embedding.narrow(0, column, columns);
       Operand embedding_k = outer_columns(rows);
       embedding_k.round_to_bf16 = round;
-      run_products<T>({{.a = outer_rows(block), .b = embedding_k, .c = output_to(grad_hidden, true),
-                        .m = num_tokens, .n = D, .k = columns}});
-      run_products<T>({{.a = outer_rows(block.t()), .b = outer_columns(hidden),
-                        .c = output_to(grad_embedding.narrow(0, column, columns)), .m = columns, .n = D,
+      run_products<T>({{.a = outer_rows(block),
+                        .b = embedding_k,
+                        .c = output_to(grad_hidden, true),
+                        .m = num_tokens,
+                        .n = D,
+                        .k = columns}});
+      run_products<T>({{.a = outer_rows(block.t()),
+                        .b = outer_columns(hidden),
+                        .c = output_to(grad_embedding.narrow(0, column, columns)),
+                        .m = columns,
+                        .n = D,
                         .k = num_tokens}});
     });
   });

@@ -10,7 +10,8 @@
 namespace glam::jit {
 
 // functions: where functional.* lives, under the prefix; null while the functions themselves are being defined.
-torch::jit::ResolverPtr make_resolver(c10::TypePtr options_type, std::shared_ptr<torch::jit::CompilationUnit> functions);
+torch::jit::ResolverPtr make_resolver(c10::TypePtr options_type,
+                                      std::shared_ptr<torch::jit::CompilationUnit> functions);
 
 // The qualified prefix of the functions of glam_ext/functional.py in an archive.
 inline constexpr auto kFunctionalPrefix = "__torch__.glam.functional";

@@ -26,9 +26,8 @@ using MoeBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 using ExpertForward = ForwardResult(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
                                     const OptionalTensor&, c10::string_view);
-using ExpertBackward = BackwardResult(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                      c10::string_view);
+using ExpertBackward = BackwardResult(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                      const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
 using MoeForward = ForwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
 using MoeBackward = MoeBackwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -70,8 +69,9 @@ struct ExpertFunction : torch::autograd::Function<ExpertFunction> {
     const auto [grad_rows, grad_wi, grad_wo, grad_wg] =
         expert_backward_op().call(grads[0], saved[0], optional(saved[1]), saved[2], saved[3], saved[4], saved[5],
                                   optional(saved[6]), ctx->saved_data["activation"].toStringRef());
-    return {if_needed(ctx->needs_input_grad(0), grad_rows), Tensor(), if_needed(ctx->needs_input_grad(2), grad_wi),
-            if_needed(ctx->needs_input_grad(3), grad_wo), if_needed(saved[6].defined(), grad_wg), Tensor()};
+    return {if_needed(ctx->needs_input_grad(0), grad_rows), Tensor(),
+            if_needed(ctx->needs_input_grad(2), grad_wi),   if_needed(ctx->needs_input_grad(3), grad_wo),
+            if_needed(saved[6].defined(), grad_wg),         Tensor()};
   }
 };
 
@@ -82,20 +82,24 @@ struct MoeFunction : torch::autograd::Function<MoeFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [y, pre, pre_gate] =
         moe_forward_op().call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
-    ctx->save_for_backward(
-        {x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo, or_undefined(wg)});
+    ctx->save_for_backward({x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo, or_undefined(wg)});
     ctx->saved_data["activation"] = std::move(activation);
     return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto [grad_x, grad_gates, grad_wi, grad_wo, grad_wg] = moe_backward_op().call(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8],
-        optional(saved[9]), ctx->saved_data["activation"].toStringRef());
-    return {if_needed(ctx->needs_input_grad(0), grad_x),  if_needed(ctx->needs_input_grad(1), grad_gates),
-            Tensor(), Tensor(), Tensor(),
-            if_needed(ctx->needs_input_grad(5), grad_wi), if_needed(ctx->needs_input_grad(6), grad_wo),
-            if_needed(saved[9].defined(), grad_wg),       Tensor()};
+    const auto [grad_x, grad_gates, grad_wi, grad_wo, grad_wg] =
+        moe_backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7],
+                               saved[8], optional(saved[9]), ctx->saved_data["activation"].toStringRef());
+    return {if_needed(ctx->needs_input_grad(0), grad_x),
+            if_needed(ctx->needs_input_grad(1), grad_gates),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            if_needed(ctx->needs_input_grad(5), grad_wi),
+            if_needed(ctx->needs_input_grad(6), grad_wo),
+            if_needed(saved[9].defined(), grad_wg),
+            Tensor()};
   }
 };
 
@@ -120,8 +124,7 @@ Tensor moe_mlp_below_autograd(const Tensor& x, const Tensor& gates, const Tensor
                               const Tensor& choice_of_row, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
                               const OptionalTensor& wg, c10::string_view activation) {
   checks::moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
-  return std::get<0>(
-      moe_forward_op().call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation));
+  return std::get<0>(moe_forward_op().call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation));
 }
 
 // One expert that has all rows; the views keep the weights' gradients whole.
@@ -224,8 +227,8 @@ void checks::expert_mlp(const char* op, const Tensor& rows, const Tensor& offset
   check_same_device(op, offsets, rows);
   TORCH_SYM_CHECK(E.sym_ge(1), op, ": expected at least one expert, got wi with ", E);
   TORCH_SYM_CHECK(((offsets.sym_size(0) - 1) % E).sym_eq(0), op,
-                  ": expected offsets to be [S + 1] with S a multiple of the ", E, " experts, got S = ",
-                  offsets.sym_size(0) - 1);
+                  ": expected offsets to be [S + 1] with S a multiple of the ", E,
+                  " experts, got S = ", offsets.sym_size(0) - 1);
 }
 
 void checks::moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
@@ -257,34 +260,42 @@ Tensor moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice
 }
 
 Tensor geglu_mlp(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("glam::geglu_mlp");
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("glam::geglu_mlp");
   return op.call(x, w0, w1, wo);
 }
 
 TORCH_LIBRARY_FRAGMENT(glam, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("expert_mlp(Tensor rows, Tensor offsets, Tensor wi, Tensor wo, Tensor? wg, str activation) -> Tensor", tags);
-  m.def("moe_mlp(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, Tensor wi, "
-        "Tensor wo, Tensor? wg, str activation) -> Tensor", tags);
+  m.def(
+      "moe_mlp(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, Tensor wi, "
+      "Tensor wo, Tensor? wg, str activation) -> Tensor",
+      tags);
   m.def("geglu_mlp(Tensor x, Tensor w0, Tensor w1, Tensor wo) -> Tensor", tags);
   // offsets none: one segment with all rows. pre_gate and the gradient of wg are empty without wg.
-  m.def("_expert_mlp_forward(Tensor rows, Tensor? offsets, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
-        "(Tensor out, Tensor pre, Tensor pre_gate)", tags);
-  m.def("_expert_mlp_backward(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, "
-        "Tensor wo, Tensor? wg, str activation) -> (Tensor rows, Tensor wi, Tensor wo, Tensor wg)", tags);
-  m.def("_moe_mlp_forward(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, "
-        "Tensor wi, Tensor wo, Tensor? wg, str activation) -> (Tensor y, Tensor pre, Tensor pre_gate)", tags);
-  m.def("_moe_mlp_backward(Tensor grad, Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, "
-        "Tensor offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
-        "(Tensor x, Tensor gates, Tensor wi, Tensor wo, Tensor wg)", tags);
+  m.def(
+      "_expert_mlp_forward(Tensor rows, Tensor? offsets, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
+      "(Tensor out, Tensor pre, Tensor pre_gate)",
+      tags);
+  m.def(
+      "_expert_mlp_backward(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, "
+      "Tensor wo, Tensor? wg, str activation) -> (Tensor rows, Tensor wi, Tensor wo, Tensor wg)",
+      tags);
+  m.def(
+      "_moe_mlp_forward(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, "
+      "Tensor wi, Tensor wo, Tensor? wg, str activation) -> (Tensor y, Tensor pre, Tensor pre_gate)",
+      tags);
+  m.def(
+      "_moe_mlp_backward(Tensor grad, Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, "
+      "Tensor offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
+      "(Tensor x, Tensor gates, Tensor wi, Tensor wo, Tensor wg)",
+      tags);
 }
 TORCH_LIBRARY_IMPL(glam, Autograd, m) {
   m.impl("expert_mlp", expert_mlp_autograd);
   m.impl("moe_mlp", moe_mlp_autograd);
   m.impl("geglu_mlp", geglu_mlp_autograd);
-  for (const char* name :
-       {"_expert_mlp_forward", "_expert_mlp_backward", "_moe_mlp_forward", "_moe_mlp_backward"}) {
+  for (const char* name : {"_expert_mlp_forward", "_expert_mlp_backward", "_moe_mlp_forward", "_moe_mlp_backward"}) {
     m.impl(name, refuse_double_backward());
   }
 }

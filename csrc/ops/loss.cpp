@@ -25,15 +25,14 @@ namespace {
 constexpr auto kOp = "glam::linear_cross_entropy";
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
-using LossSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, double,
-                             double, double, SymInt, c10::string_view);
+using LossSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, double, double,
+                             double, SymInt, c10::string_view);
 using StatisticsSignature = Triple(const Tensor&, const Tensor&, const Tensor&, double, double, SymInt, SymInt);
 using SumSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                                 double, double, SymInt);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                     const Tensor&, const Tensor&, const Tensor&,
-                                                     const OptionalTensor&, const Tensor&, double, double, double,
-                                                     double, SymInt, SymInt);
+                                                     const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                     const Tensor&, double, double, double, double, SymInt, SymInt);
 
 const auto& statistics_op() {
   static const auto op = find_op<StatisticsSignature>("glam::_vocabulary_statistics");
@@ -115,11 +114,11 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     const std::string group = data["group"].toStringRef();
     const Tensor grad_loss = grads[0].defined() ? grads[0] : saved[4].new_zeros({});
-    auto [grad_hidden, grad_embedding] = backward_op().call(
-        grad_loss, optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], optional(saved[3]), saved[4],
-        data["scale"].toDouble(), data["z_loss"].toDouble(), data["label_smoothing"].toDouble(),
-        data["logit_cap"].toDouble(), data["vocab_start"].toSymInt(),
-        saved[1].sym_size(0) * collectives::group_size(group));
+    auto [grad_hidden, grad_embedding] =
+        backward_op().call(grad_loss, optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2],
+                           optional(saved[3]), saved[4], data["scale"].toDouble(), data["z_loss"].toDouble(),
+                           data["label_smoothing"].toDouble(), data["logit_cap"].toDouble(),
+                           data["vocab_start"].toSymInt(), saved[1].sym_size(0) * collectives::group_size(group));
     if (!group.empty()) grad_hidden = collectives::all_reduce(grad_hidden, "sum", group);
     return {ctx->needs_input_grad(0) ? grad_hidden : Tensor(), ctx->needs_input_grad(1) ? grad_embedding : Tensor(),
             Tensor(), Tensor(), Tensor()};
@@ -155,8 +154,8 @@ std::tuple<Tensor, Tensor> sum_meta(const Tensor& lse, const Tensor&, const Tens
 }
 std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                          const Tensor& hidden, const Tensor& embedding, const Tensor&,
-                                         const OptionalTensor&, const Tensor&, double, double, double, double,
-                                         SymInt, SymInt) {
+                                         const OptionalTensor&, const Tensor&, double, double, double, double, SymInt,
+                                         SymInt) {
   return {at::empty_symint(hidden.sym_sizes(), hidden.options()),
           at::empty_symint(embedding.sym_sizes(), embedding.options())};
 }
@@ -167,24 +166,32 @@ Triple linear_cross_entropy(const Tensor& hidden, const Tensor& embedding, const
                             const OptionalTensor& weights, double scale, double z_loss, double label_smoothing,
                             double logit_cap, SymInt vocab_start, std::string_view group) {
   static const auto op = find_op<LossSignature>(kOp);
-  return op.call(hidden, embedding, targets, weights, scale, z_loss, label_smoothing, logit_cap,
-                 std::move(vocab_start), group);
+  return op.call(hidden, embedding, targets, weights, scale, z_loss, label_smoothing, logit_cap, std::move(vocab_start),
+                 group);
 }
 
 TORCH_LIBRARY_FRAGMENT(glam, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("linear_cross_entropy(Tensor hidden, Tensor embedding, Tensor targets, Tensor? weights, float scale=1., "
-        "float z_loss=0., float label_smoothing=0., float logit_cap=0., SymInt vocab_start=0, str group=\"\") -> "
-        "(Tensor loss_sum, Tensor nll, Tensor lse)", tags);
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor embedding, Tensor targets, Tensor? weights, float scale=1., "
+      "float z_loss=0., float label_smoothing=0., float logit_cap=0., SymInt vocab_start=0, str group=\"\") -> "
+      "(Tensor loss_sum, Tensor nll, Tensor lse)",
+      tags);
   // Over the vocabulary rows held here; target_logit is 0 where the target is held elsewhere.
-  m.def("_vocabulary_statistics(Tensor hidden, Tensor embedding, Tensor targets, float scale, float logit_cap, "
-        "SymInt vocab_start, SymInt vocabulary) -> (Tensor lse, Tensor target_logit, Tensor logit_sum)", tags);
-  m.def("_cross_entropy_sum(Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor? weights, float z_loss, "
-        "float label_smoothing, SymInt vocabulary) -> (Tensor loss_sum, Tensor nll)", tags);
-  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor hidden, "
-        "Tensor embedding, Tensor targets, Tensor? weights, Tensor lse, float scale, float z_loss, "
-        "float label_smoothing, float logit_cap, SymInt vocab_start, SymInt vocabulary) -> "
-        "(Tensor hidden, Tensor embedding)", tags);
+  m.def(
+      "_vocabulary_statistics(Tensor hidden, Tensor embedding, Tensor targets, float scale, float logit_cap, "
+      "SymInt vocab_start, SymInt vocabulary) -> (Tensor lse, Tensor target_logit, Tensor logit_sum)",
+      tags);
+  m.def(
+      "_cross_entropy_sum(Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor? weights, float z_loss, "
+      "float label_smoothing, SymInt vocabulary) -> (Tensor loss_sum, Tensor nll)",
+      tags);
+  m.def(
+      "_linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor hidden, "
+      "Tensor embedding, Tensor targets, Tensor? weights, Tensor lse, float scale, float z_loss, "
+      "float label_smoothing, float logit_cap, SymInt vocab_start, SymInt vocabulary) -> "
+      "(Tensor hidden, Tensor embedding)",
+      tags);
 }
 TORCH_LIBRARY_IMPL(glam, Autograd, m) {
   m.impl("linear_cross_entropy", loss_autograd);

@@ -28,20 +28,12 @@ struct AdafactorFunctions {
   void (*apply_elements)(T* weight, const T* grad, const T* variance, int64_t count, T factor);
 };
 
-struct AdafactorTable {
-  AdafactorFunctions<float> f32;
-  AdafactorFunctions<double> f64;
-};
-
+using AdafactorTable = TypedTable<AdafactorFunctions>;
 GLAM_PER_ISA_TABLE(AdafactorTable, adafactor_table)
 
 template <class T>
 const AdafactorFunctions<T>& adafactor_functions() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return active_adafactor_table().f64;
-  } else {
-    return active_adafactor_table().f32;
-  }
+  return functions_for<T>(active_adafactor_table());
 }
 
 }  // namespace glam::cpu

@@ -55,20 +55,12 @@ struct AttentionFunctions {
   int64_t queries_per_block;
 };
 
-struct AttentionTable {
-  AttentionFunctions<float> f32;
-  AttentionFunctions<double> f64;
-};
-
+using AttentionTable = TypedTable<AttentionFunctions>;
 GLAM_PER_ISA_TABLE(AttentionTable, attention_table)
 
 template <class T>
 const AttentionFunctions<T>& attention_functions() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return active_attention_table().f64;
-  } else {
-    return active_attention_table().f32;
-  }
+  return functions_for<T>(active_attention_table());
 }
 
 }  // namespace glam::cpu

@@ -15,13 +15,13 @@ struct ExpertBackwardRows {
   int64_t grad_stride;
   int64_t rows;
   int64_t hidden_dim;
-  Type type;             // of the four matrices below, each [rows][hidden_dim]
+  Type type;  // of the four matrices below, each [rows][hidden_dim]
   const void* pre;
   const void* pre_gate;  // geglu only
   void* grad_pre;
-  void* grad_pre_gate;   // geglu only
-  const T* gates;        // [rows], or null: 1
-  T* grad_gates;         // [rows], or null: <act(pre), grad_hidden>
+  void* grad_pre_gate;  // geglu only
+  const T* gates;       // [rows], or null: 1
+  T* grad_gates;        // [rows], or null: <act(pre), grad_hidden>
 };
 
 template <class T>
@@ -32,20 +32,12 @@ struct ExpertFunctions {
                   int64_t begin, int64_t end, const Output& y);
 };
 
-struct ExpertTable {
-  ExpertFunctions<float> f32;
-  ExpertFunctions<double> f64;
-};
-
+using ExpertTable = TypedTable<ExpertFunctions>;
 GLAM_PER_ISA_TABLE(ExpertTable, expert_table)
 
 template <class T>
 const ExpertFunctions<T>& expert_functions() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return active_expert_table().f64;
-  } else {
-    return active_expert_table().f32;
-  }
+  return functions_for<T>(active_expert_table());
 }
 
 }  // namespace glam::cpu

@@ -18,20 +18,12 @@ struct GemmFunctions {
                 int64_t column);
 };
 
-struct GemmTable {
-  GemmFunctions<float> f32;
-  GemmFunctions<double> f64;
-};
-
+using GemmTable = TypedTable<GemmFunctions>;
 GLAM_PER_ISA_TABLE(GemmTable, gemm_table)
 
 template <class T>
 const GemmFunctions<T>& gemm_functions() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return active_gemm_table().f64;
-  } else {
-    return active_gemm_table().f32;
-  }
+  return functions_for<T>(active_gemm_table());
 }
 
 }  // namespace glam::cpu

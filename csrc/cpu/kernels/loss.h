@@ -16,7 +16,7 @@ struct LogitBlock {
   int64_t column;  // in the whole vocabulary
   int64_t columns;
   T scale;
-  T logit_cap;  // 0: none
+  T logit_cap;             // 0: none
   const int64_t* targets;  // [T]
 };
 
@@ -31,20 +31,12 @@ struct LossFunctions {
                         const T* row_uniform);
 };
 
-struct LossTable {
-  LossFunctions<float> f32;
-  LossFunctions<double> f64;
-};
-
+using LossTable = TypedTable<LossFunctions>;
 GLAM_PER_ISA_TABLE(LossTable, loss_table)
 
 template <class T>
 const LossFunctions<T>& loss_functions() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return active_loss_table().f64;
-  } else {
-    return active_loss_table().f32;
-  }
+  return functions_for<T>(active_loss_table());
 }
 
 }  // namespace glam::cpu

@@ -16,20 +16,12 @@ struct NormFunctions {
                    void* grad_x, T* grad_scale, T* scratch);
 };
 
-struct NormTable {
-  NormFunctions<float> f32;
-  NormFunctions<double> f64;
-};
-
+using NormTable = TypedTable<NormFunctions>;
 GLAM_PER_ISA_TABLE(NormTable, norm_table)
 
 template <class T>
 const NormFunctions<T>& norm_functions() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return active_norm_table().f64;
-  } else {
-    return active_norm_table().f32;
-  }
+  return functions_for<T>(active_norm_table());
 }
 
 }  // namespace glam::cpu

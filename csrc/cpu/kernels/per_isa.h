@@ -25,6 +25,22 @@ const Table& pick(const Table* baseline, [[maybe_unused]] const std::type_identi
   }
 }
 
+// Functions for both accumulation types: a table of most kernel files.
+template <template <class> class Functions>
+struct TypedTable {
+  Functions<float> f32;
+  Functions<double> f64;
+};
+
+template <class T, template <class> class Functions>
+const Functions<T>& functions_for(const TypedTable<Functions>& table) {
+  if constexpr (std::is_same_v<T, double>) {
+    return table.f64;
+  } else {
+    return table.f32;
+  }
+}
+
 }  // namespace glam::cpu
 
 #ifdef GLAM_HAVE_AVX2

@@ -137,8 +137,8 @@ void reorder_cache_(at::Tensor& cache, const at::Tensor& beams);
 
 // Draws a token per row. logits float32 [B, V], uniform float32 [B] in [0, 1) -> int64 [B]. temperature 0: the largest
 // logit, lowest index on a tie. top_k 0 and top_p 1 keep everything.
-at::Tensor sample_logits(const at::Tensor& logits, const at::Tensor& uniform, double temperature = 1., int64_t top_k = 0,
-                         double top_p = 1.);
+at::Tensor sample_logits(const at::Tensor& logits, const at::Tensor& uniform, double temperature = 1.,
+                         int64_t top_k = 0, double top_p = 1.);
 
 // Uniform numbers in [0, 1), float32, one per index (int64, any shape): a function of seed, stream and index alone.
 at::Tensor counter_uniform(int64_t seed, int64_t stream, const at::Tensor& index);
