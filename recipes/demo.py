@@ -132,20 +132,24 @@ def continue_in_cpp(build: Path, run: Path, archive: Path, tokenizer: Path, samp
         command = [program, str(archive), "--tokens", ids, *SAMPLING]
         expected = captured(generate.main, [str(run), "--tokens", ids, *SAMPLING])
     print("$ " + shlex.join(command), flush=True)
-    printed = output_of(command)
-    print(printed)
+    printed, speed = run_program(command)
+    print(f"{printed}\n{speed}")
     same = printed.strip() == expected.strip()
     print("That is Python's output, character for character." if same else "That IS NOT Python's output.")
     return same
 
 
-def output_of(command: Sequence[str]) -> str:
-    """What a command prints, run without Python's variables; what it complained about is shown only if it fails."""
+def run_program(command: Sequence[str]) -> tuple[str, str]:
+    """What a command prints and what it reports on stderr, run without Python's variables."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise Failed(f"{shlex.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return done.stdout, done.stderr.strip()
+
+
+def output_of(command: Sequence[str]) -> str:
+    return run_program(command)[0]
 
 
 def captured(main: object, argv: list[str]) -> str:
