@@ -200,7 +200,7 @@ def moe_layer(
     if token_mask is not None:
         lse_T = torch.where(token_mask, lse_T, torch.zeros_like(lse_T))
     statistics = torch.ops.glam.router_statistics(ids_TK, positions_TK, options.num_experts)
-    return x_BSD + y_TD.view(x_BSD.shape), aux_G.mean(), (lse_T * lse_T).sum(), statistics
+    return x_BSD + y_TD.view(x_BSD.shape), aux_G.mean(), torch.ops.glam.ordered_sum(lse_T * lse_T), statistics
 
 
 def hidden_states(

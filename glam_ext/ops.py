@@ -226,6 +226,11 @@ def linear_cross_entropy(
     )
 
 
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum of all elements in their order, computed in float64, [] in x's dtype; torch's depends on the threads."""
+    return torch.ops.glam.ordered_sum(x)
+
+
 def router_statistics(expert_ids: Tensor, positions: Tensor, num_experts: int) -> Tensor:
     """int64 [E + 6] counts from `top2_gating`'s expert_ids and positions.
 

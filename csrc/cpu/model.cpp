@@ -1,9 +1,23 @@
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "ops/common.h"
 
 namespace glam::cpu {
 namespace {
+
+Tensor ordered_sum(const Tensor& x_) {
+  check_floating("glam::ordered_sum", "x", x_);
+  const Tensor x = x_.contiguous(), sum = at::empty({}, x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "ordered_sum", [&] {
+    const auto* const values = x.const_data_ptr<scalar_t>();
+    double total = 0;
+    for (int64_t i = 0; i < x.numel(); ++i) total += static_cast<double>(values[i]);
+    *sum.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(total);
+  });
+  return sum;
+}
 
 Tensor router_statistics(const Tensor& expert_ids, const Tensor& positions, int64_t num_experts) {
   constexpr auto op = "glam::router_statistics";
@@ -40,6 +54,9 @@ Tensor router_statistics(const Tensor& expert_ids, const Tensor& positions, int6
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(glam, CPU, m) { m.impl("router_statistics", router_statistics); }
+TORCH_LIBRARY_IMPL(glam, CPU, m) {
+  m.impl("ordered_sum", ordered_sum);
+  m.impl("router_statistics", router_statistics);
+}
 
 }  // namespace glam::cpu

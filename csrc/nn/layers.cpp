@@ -116,7 +116,7 @@ MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& tok
                               wg.defined() ? std::optional<Tensor>(wg) : std::nullopt, config_.expert_activation);
   Tensor lse_T = torch::logsumexp(z_TE, 1);
   if (token_mask) lse_T = torch::where(*token_mask, lse_T, torch::zeros_like(lse_T));
-  return {y_TD.view(h_BSD.sizes()), aux_G.mean(), (lse_T * lse_T).sum(),
+  return {y_TD.view(h_BSD.sizes()), aux_G.mean(), ordered_sum(lse_T * lse_T),
           router_statistics(expert_ids, positions, config_.num_experts)};
 }
 

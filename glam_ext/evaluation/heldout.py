@@ -82,7 +82,7 @@ def evaluate(
                 inputs, targets, weights, segment_ids = (tensor.to(device) for tensor in batch)
                 real = weights != 0
                 nll = model.loss(inputs, targets, weights.to(dtype), segment_ids).nll.double()
-                nats += torch.where(real, nll, torch.zeros_like(nll)).sum()
+                nats += torch.ops.glam.ordered_sum(torch.where(real, nll, torch.zeros_like(nll)))
                 tokens += real.sum()
     finally:
         model.train(was_training)

@@ -89,7 +89,7 @@ def accumulate_gradients(
         total.backward()
         new = StepSums(
             total=total.detach().double(),
-            nll=torch.where(part.weights != 0, loss.nll.detach().double(), zero).sum(),
+            nll=torch.ops.glam.ordered_sum(torch.where(part.weights != 0, loss.nll.detach().double(), zero)),
             aux=loss.aux.detach().double() / num_micro_batches,
             router_z=loss.router_z.detach().double() / num_real,
             router_statistics=loss.router_statistics,

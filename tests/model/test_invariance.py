@@ -117,6 +117,19 @@ def test_threads_do_not_change_a_gradient(variant: str, compute_dtype: str) -> N
         assert busy_threads(lambda: model.loss(**batch)) > 1
 
 
+def test_threads_do_not_change_the_sums_over_many_tokens() -> None:
+    """More tokens than torch's own sum takes in one thread."""
+    config = config_of(compute_dtype="float32")
+    model, batch = build(config), batch_of(config, rows=1100, size=32)
+    with threads(1), torch.no_grad():
+        expected = model.loss(**batch)
+    for count in (2, 3):
+        with threads(count), torch.no_grad():
+            loss = model.loss(**batch)
+        for one, other in zip(loss, expected, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_micro_batches_and_global_tokens_draw_the_same_numbers() -> None:
     """Routing noise and jitter belong to the global token: two halves with their offsets give the whole's numbers."""
     config = config_of(

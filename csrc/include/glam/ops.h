@@ -107,6 +107,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
 // x in "bfloat16" or "float32"; float64 stays.
 at::Tensor to_compute_dtype(const at::Tensor& x, std::string_view dtype);
 
+// The sum of all elements of x in their order, computed in float64, [] in x's dtype; torch's sum depends on the threads.
+at::Tensor ordered_sum(const at::Tensor& x);
+
 // int64 [E + 6] from top2_gating's expert_ids and positions: rows of each expert, first and second choices over capacity,
 // tokens with 0, 1 and 2 rows, real tokens.
 at::Tensor router_statistics(const at::Tensor& expert_ids, const at::Tensor& positions, c10::SymInt num_experts);
