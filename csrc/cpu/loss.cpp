@@ -120,8 +120,11 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
     const T grad = *grad_loss.const_data_ptr<T>();
     const T* const lse_T = lse.const_data_ptr<T>();
     std::vector<T> softmax_T(num_tokens), target_T(num_tokens), uniform_T(num_tokens);
+    std::vector<int32_t> row_of_token(num_tokens, -1);  // padding has none: zeros, whatever hidden holds there
     for (int64_t t = 0; t < num_tokens; ++t) {
       const T weight = grad * (weights ? weights_T.const_data_ptr<T>()[t] : T(1));
+      if (weight == T(0)) continue;
+      row_of_token[t] = static_cast<int32_t>(t);
       softmax_T[t] = weight * static_cast<T>(1 + 2 * z_loss * lse_T[t]);
       target_T[t] = weight * static_cast<T>(1 - label_smoothing);
       uniform_T[t] = weight * static_cast<T>(label_smoothing / vocabulary);
@@ -146,8 +149,11 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
                         .m = num_tokens,
                         .n = D,
                         .k = columns}});
+      Operand hidden_k = outer_rows(hidden);
+      hidden_k.rows_are_k = true;
+      hidden_k.row_index = row_of_token.data();
       run_products<T>({{.a = outer_rows(block.t()),
-                        .b = outer_columns(hidden),
+                        .b = hidden_k,
                         .c = output_to(grad_embedding.narrow(0, column, columns)),
                         .m = columns,
                         .n = D,

@@ -62,6 +62,22 @@ def test_a_token_of_weight_zero_adds_nothing() -> None:
     torch.testing.assert_close(whole, part, rtol=1e-13, atol=0)
 
 
+def test_nothing_of_padding_enters_a_gradient() -> None:
+    hidden, table = torch.randn(6, 5), torch.randn(9, 5)
+    hidden[2] = torch.nan
+    targets, weights = torch.tensor([1, 2, 0, 4, 8, 3]), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0])
+    kept = weights > 0
+    gradients = []
+    for rows in (slice(None), kept):
+        h, e = hidden[rows].clone().requires_grad_(), table.clone().requires_grad_()
+        torch.ops.glam.linear_cross_entropy(h, e, targets[rows], weights[rows], 0.7, 1e-2)[0].backward()
+        assert h.grad is not None
+        gradients.append((h.grad, e.grad))
+    assert (gradients[0][0][2] == 0).all()
+    assert torch.equal(gradients[0][0][kept], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
 BASE = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float32, "T=7 D=4 V=9 (0.5, 0.01, 0.0, 0.0)")
 
 
@@ -72,6 +88,7 @@ BASE = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float32, "T=7 D=4 V=9 (0
         ({0: torch.zeros(7, 4, dtype=torch.int64)}, "hidden"),
         ({1: torch.zeros(9, 5)}, "embedding"),
         ({1: torch.zeros(9, 4, dtype=torch.float64)}, "embedding"),
+        ({1: torch.zeros(9, 4, dtype=torch.float16)}, "embedding"),
         ({2: torch.zeros(6, dtype=torch.int64)}, "targets"),
         ({2: torch.zeros(7)}, "targets"),
         ({2: torch.full((7,), 9)}, "targets"),

@@ -48,6 +48,11 @@ void differentiate(const LogitBlock<T>& block, const T* lse, const T* row_softma
                    const T* row_uniform) {
   for (int64_t i = 0; i < block.rows; ++i) {
     const int64_t token = block.row + i;
+    if (row_softmax[token] == T(0) && row_target[token] == T(0) && row_uniform[token] == T(0)) {
+      // Padding: nothing of it passes, not even a NaN.
+      for (int64_t j = 0; j < block.columns; ++j) block.values[i * block.stride + j] = T(0);
+      continue;
+    }
     T* const values = to_logits(block, i);
     const T shift = lse[token], softmax = row_softmax[token], uniform = row_uniform[token];
     const int64_t target = block.targets[token] - block.column;
