@@ -187,6 +187,9 @@ void write_cache(const Tensor& x, const Tensor& cache, const int32_t* positions)
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache,
             const Tensor& positions_, const Tensor& bias, bool extra_logit, double logit_cap) {
   checks::relative_attention_step(q, k, v, k_cache, v_cache, positions_, bias, logit_cap);
+  const auto overlap = at::get_overlap_status(k_cache, v_cache);
+  TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
+              "glam::relative_attention_step: expected k_cache and v_cache to be apart, got overlapping memory");
   const int64_t B = q.size(0), N = q.size(1), L = k_cache.size(1);
   const Tensor positions = positions_.contiguous();
   const auto* const position_B = positions.const_data_ptr<int32_t>();

@@ -13,6 +13,7 @@
 #include <numeric>
 
 #include "cpu/gemm.h"
+#include "cpu/indices.h"
 #include "cpu/kernels/experts.h"
 #include "ops/checks.h"
 
@@ -290,8 +291,8 @@ struct PlanView {
         num_tokens(row_of_choice.size(0)),
         num_choices(row_of_choice.size(1)),
         num_rows(choice_of_row.size(0)) {
-    check_range("row_of_choice", row_of_choice, num_rows, "R");
-    check_range("choice_of_row", choice_of_row, num_tokens * num_choices, "T * K");
+    check_indices("glam::moe_mlp", "row_of_choice", row_of_choice, num_rows, -1);
+    check_indices("glam::moe_mlp", "choice_of_row", choice_of_row, num_tokens * num_choices, -1);
   }
   const int32_t* rows() const { return row_of_choice.const_data_ptr<int32_t>(); }
   const int32_t* choices() const { return choice_of_row.const_data_ptr<int32_t>(); }
@@ -300,15 +301,6 @@ struct PlanView {
     operand.row_index = choices();
     operand.row_divisor = static_cast<int32_t>(num_choices);
     return operand;
-  }
-
- private:
-  static void check_range(const char* name, const Tensor& indices, int64_t end, const char* end_name) {
-    const auto* values = indices.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < indices.numel(); ++i) {
-      TORCH_CHECK(values[i] >= -1 && values[i] < end, "glam::moe_mlp: expected ", name, " in [-1, ", end_name,
-                  ") with ", end_name, " = ", end, ", got ", values[i]);
-    }
   }
 };
 

@@ -175,7 +175,7 @@ void check_floating(const char* op, const char* name, const Tensor& tensor) {
 
 void check_weight_dtype(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
   const auto dtype = weight.scalar_type();
-  const bool exact = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  const bool exact = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && !weight.is_cpu());
   TORCH_CHECK(dtype == x.scalar_type() || (exact && x.scalar_type() != at::kDouble), op, ": expected ", name,
               " to be Float, BFloat16 or the activations' ", x.scalar_type(), ", got ", dtype);
 }

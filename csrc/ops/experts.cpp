@@ -226,6 +226,7 @@ void checks::expert_mlp(const char* op, const Tensor& rows, const Tensor& offset
   check_dim(op, "offsets", offsets, "[S + 1]", 1);
   check_same_device(op, offsets, rows);
   TORCH_SYM_CHECK(E.sym_ge(1), op, ": expected at least one expert, got wi with ", E);
+  TORCH_SYM_CHECK(offsets.sym_size(0).sym_ge(1), op, ": expected offsets to be [S + 1], got [0]");
   TORCH_SYM_CHECK(((offsets.sym_size(0) - 1) % E).sym_eq(0), op,
                   ": expected offsets to be [S + 1] with S a multiple of the ", E,
                   " experts, got S = ", offsets.sym_size(0) - 1);

@@ -60,3 +60,9 @@ BASE = samples.EXPERT_MLP.find("small", torch.float32, "three experts geglu")
 )
 def test_bad_input(changes: dict[int, Any], text: str) -> None:
     levels.assert_refused(samples.EXPERT_MLP, BASE, changes, text)
+
+
+def test_empty_offsets_are_refused_with_one_expert_too() -> None:
+    weights = torch.zeros(1, 2, 3), torch.zeros(1, 3, 2)
+    with pytest.raises(RuntimeError, match=r"glam::expert_mlp: expected offsets"):
+        torch.ops.glam.expert_mlp(torch.zeros(4, 2), torch.zeros(0, dtype=torch.int32), *weights, None, "relu")

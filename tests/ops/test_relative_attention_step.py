@@ -75,3 +75,12 @@ def base() -> samples.Sample:
 )
 def test_bad_input(changes: dict[int, Any], text: str) -> None:
     levels.assert_refused(samples.RELATIVE_ATTENTION_STEP, base(), changes, text)
+
+
+def test_caches_in_the_same_memory_are_refused() -> None:
+    q = torch.zeros(2, 1, 3, 4)
+    cache = torch.zeros(2, 9, 3, 4)
+    with pytest.raises(RuntimeError, match=r"glam::relative_attention_step: expected k_cache and v_cache to be apart"):
+        torch.ops.glam.relative_attention_step(
+            q, q, q, cache, cache, torch.zeros(2, dtype=torch.int32), torch.zeros(3, 32)
+        )
