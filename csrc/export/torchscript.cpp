@@ -135,9 +135,11 @@ void check_format(const std::filesystem::path& file, const std::string& descript
     refuse(file, "expected an archive of glam_ext, got another one; export it with `glam export`");
   }
   if (facts["format"].get<int64_t>() > kArchiveFormat) {
+    const auto writer = facts.find("glam_ext");
+    const std::string wanted =
+        writer != facts.end() && writer->is_string() ? writer->get<std::string>() : "of that format";
     refuse(file, "expected archive format " + std::to_string(kArchiveFormat) + " or older, got " +
-                     facts["format"].dump() + "; use glam_ext " + facts.value("glam_ext", "of that format") +
-                     " or export it again with this one");
+                     facts["format"].dump() + "; use glam_ext " + wanted + " or export it again with this one");
   }
 }
 

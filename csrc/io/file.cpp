@@ -46,6 +46,10 @@ void FileInTheMaking::finish() {
   if (::fsync(descriptor_.get()) != 0) fail_io(file_, "fsync", errno);
   if (::rename(partial_.c_str(), file_.c_str()) != 0) fail_io(file_, "rename", errno);
   finished_ = true;
+  // The new name survives a power cut only once its folder is on the disk.
+  const std::filesystem::path folder = file_.has_parent_path() ? file_.parent_path() : ".";
+  const FileDescriptor descriptor(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (::fsync(descriptor.get()) != 0) fail_io(folder, "fsync", errno);
 }
 
 }  // namespace glam
