@@ -8,6 +8,7 @@ A test file makes a class of `OpTests` with `op` set; levels that cannot apply t
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,11 +51,11 @@ def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outputs]
 
 
-def gradients(op: Op, outputs: Outputs, args: Args, grad: Sequence[int]) -> list[Tensor]:
+def gradients(op: Op, outputs: Outputs, args: Args, grad: Sequence[int], retain: bool = False) -> list[Tensor]:
     """d(sum of cotangent * output) / d(args), with cotangents rounded to the outputs' dtypes."""
     chosen = [outputs[index] for index in op.differentiable]
     wanted = [args[index] for index in grad]
-    found = torch.autograd.grad(chosen, wanted, cotangents(chosen), allow_unused=True)
+    found = torch.autograd.grad(chosen, wanted, cotangents(chosen), retain_graph=retain, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
 
 
@@ -294,6 +295,12 @@ def check_threads(op: Op, sample: Sample) -> None:
             assert_same_bits(run_with_gradients(op, sample), expected, f"{count} threads")
     with threads(2):
         assert busy_threads(lambda: run(op, sample.args)) > 1, "a single thread did all the work: enlarge the sample"
+    if sample.grad and op.differentiable:
+        args = require_grad(sample)
+        outputs = run(op, args)
+        with threads(2):
+            work = functools.partial(gradients, op, outputs, args, sample.grad, retain=True)
+            assert busy_threads(work) > 1, "a single thread did the whole backward: enlarge the sample"
 
 
 def check_batch_invariance(op: Op, sample: Sample, rows: Sequence[int] = (0, 1, -1)) -> None:
