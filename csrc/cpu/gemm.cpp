@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kRowTilesPerBlock = 8;
 constexpr int64_t kColumnsPerBlock = 1024;
-constexpr int64_t kPackedBytes = int64_t{64} << 20;  // bound on packed B panels held at once
+constexpr int64_t kPackedBytes =
+    int64_t{64} << 20;  // packed B panels held at once; a product with an epilogue stays whole and may pass it
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

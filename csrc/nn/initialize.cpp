@@ -30,7 +30,7 @@ struct Distribution {
   double scale;  // standard deviation, or half the width
 };
 
-// One loop per element: no temporaries beside a large table, and no bits that depend on how a library vectorises.
+// One loop per element: one float32 temporary, and no bits that depend on how a library vectorises.
 void fill(const Tensor& values, const Distribution& distribution, int64_t seed, const std::string& name) {
   constexpr int64_t kElementsPerTask = 16384;
   const int64_t stream = stream_of(name);
