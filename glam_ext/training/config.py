@@ -27,7 +27,7 @@ class RunSection:
     steps: int  # updates, skipped ones included
     folder: str = "runs"
     seed: int = 0  # of the initial weights, the data order and the random routing policies
-    threads: int = 0  # 0: what torch takes by itself; the bits of a run hold for one number of threads
+    threads: int = 0  # 0: what torch takes by itself; the bits of a run do not depend on it
     log_interval: int = 10  # steps per log line
     tensorboard: bool = False  # also write FOLDER/NAME/tb
 

@@ -7,7 +7,7 @@
 
 A step's data and random numbers depend on (seed, counters) alone and the counters are in the checkpoint, with
 weights, optimiser state and the sums of an unfinished log line. So the same configuration, started again, goes on from
-the newest good checkpoint to the same bits as if it had never stopped (for one number of threads).
+the newest good checkpoint to the same bits as if it had never stopped, with any number of threads.
 """
 
 from __future__ import annotations

@@ -67,6 +67,22 @@ def assert_same_runs(got: Path, expected: Path) -> None:
     assert without_times(got) == without_times(expected)
 
 
+@pytest.mark.parametrize("overrides", [VARIANTS["adamw"], VARIANTS["adafactor-bf16"]], ids=["adamw", "adafactor-bf16"])
+def test_the_number_of_threads_changes_no_bit(make_config, overrides):
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3):
+            names = f"--run.name={count}", f"--run.threads={count}"
+            config = make_config(*overrides, "--optimizer.clip_norm=1.0", *names)
+            assert run_once(config)[0] == 0
+            runs.append(config.run_folder)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_runs(runs[1], runs[0])
+    assert_same_runs(runs[2], runs[0])
+
+
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_stopped_run_ends_in_the_bits_of_an_unbroken_one(make_config, overrides):
     straight, broken = (make_config(*overrides, f"--run.name={name}") for name in ("straight", "broken"))
