@@ -71,6 +71,7 @@ class TrainingRun:
         self.tensorboard: TensorBoard | None = None
         self.last_evaluation: HeldOutLoss | None = None
         self._saved_step: int | None = None
+        self._folder_is_open = False
         self._gemm_rate = math.nan
         self._busy_seconds = self._busy_tokens = self._busy_steps = 0.0  # since the last line, in this process
 
@@ -179,6 +180,7 @@ class TrainingRun:
         if self.config.run.tensorboard:
             self.tensorboard = TensorBoard(self.folder / "tb")
             self.tensorboard.resume_after(self.step)
+        self._folder_is_open = True
 
     def _log_changes(self, file: Path) -> None:
         try:
@@ -200,7 +202,12 @@ class TrainingRun:
     # --- training
 
     def train(self) -> int:
-        """Trains to the last step. Returns 0, or EXIT_INTERRUPTED after SIGTERM or SIGINT; all is saved then too."""
+        """Trains to the last step. Returns 0, or EXIT_INTERRUPTED after SIGTERM or SIGINT; all is saved then too.
+
+        Calls `resume` first where the caller has not: nothing of the run's folder is written over.
+        """
+        if not self._folder_is_open:
+            self.resume()
         self._gemm_rate = dense_gemm_rate(getattr(torch, self.config.model.compute_dtype))
         self.log(self._description())
         self.model.train()

@@ -58,10 +58,16 @@ def accumulate_gradients(
     """Adds the gradient of the step's total loss to the parameters' .grad and returns the sums.
 
     seed, step and the position of a token in the whole batch are the counters of the random routing policies, so these
-    do not depend on the micro-batch size.
+    do not depend on the micro-batch size. Raises ValueError where micro_batch_size does not divide the batch's rows:
+    aux is the mean over micro-batches, which are therefore of one size.
     """
     config = model.config
     num_rows, sequence_length = batch.tokens.shape
+    if micro_batch_size < 1 or num_rows % micro_batch_size:
+        raise ValueError(
+            "accumulate_gradients: expected micro_batch_size to divide the number of rows, got "
+            f"{micro_batch_size} and {num_rows} rows"
+        )
     num_real = max(count_tokens(batch), 1)  # a batch of padding alone has the loss 0, not NaN
     divisor = num_real if denominator == "tokens" else num_rows * sequence_length
     num_micro_batches = num_rows // micro_batch_size

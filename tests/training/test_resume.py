@@ -105,6 +105,28 @@ def test_a_stopped_run_ends_in_the_bits_of_an_unbroken_one(make_config, override
     assert_same_runs(broken.run_folder, straight.run_folder)
 
 
+def test_train_alone_opens_the_run_folder_and_resumes(make_config):
+    """`resume` need not be called: a run by itself has its folder, and another start of it goes on."""
+    config = make_config("--checkpoint.interval=2")
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if line.startswith("saved"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert TrainingRun(config, log).train() == EXIT_INTERRUPTED
+    assert load_config(config.run_folder / "config.toml") == config
+    stopped_at = load_checkpoint(config.run_folder / "checkpoints").step
+    assert stopped_at == 2
+    run = TrainingRun(config, lines.append)
+    assert run.train() == 0
+    assert any(line.startswith("resumed") for line in lines)
+    unbroken = make_config("--run.name=unbroken")
+    run_once(unbroken)
+    assert_same_runs(config.run_folder, unbroken.run_folder)
+
+
 def test_the_loss_falls(make_config):
     config = make_config("--run.steps=40", "--run.log_interval=10", "--schedule.learning_rate=1e-2")
     run_once(config)

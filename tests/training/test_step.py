@@ -109,3 +109,9 @@ def test_a_batch_of_padding_has_no_loss_and_no_nan(batch):
     sums = accumulate_gradients(model, empty, 4)
     assert sums.nll == 0
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("size", [3, 16, 0, -2])
+def test_a_micro_batch_size_that_does_not_divide_the_rows_is_refused(batch, size):
+    with pytest.raises(ValueError, match=rf"expected micro_batch_size to divide the number of rows, got {size} and 8"):
+        accumulate_gradients(model_in_float64(), batch, size)
