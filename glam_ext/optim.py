@@ -201,13 +201,17 @@ class Adafactor(torch.optim.Optimizer):
         return {**named, "step": self._count(self.param_groups[0])}
 
     def load_named_state(self, named_parameters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `named_state` gave. Raises KeyError or ValueError for a tensor that is unknown or does not fit."""
+        """Takes what `named_state` gave; a parameter without an entry starts anew.
+
+        Raises KeyError or ValueError, having changed nothing, for a tensor that is unknown, does not fit or is missing.
+        """
         expected: dict[str, tuple[Tensor, str, tuple[int, ...]]] = {}
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for name, parameter in named_parameters:
             if parameter in groups:
                 for key, shape in self._state_shapes(parameter, groups[parameter]["min_factored"]).items():
                     expected[f"{name}.{key}"] = (parameter, key, shape)
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name == "step":
                 continue
@@ -216,7 +220,17 @@ class Adafactor(torch.optim.Optimizer):
             parameter, key, shape = expected[name]
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"Adafactor: expected {name} to be {list(shape)}, got {list(tensor.shape)}")
-            self.state[parameter][key] = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+            state = loaded.setdefault(parameter, {})
+            state[key] = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+        for name, (parameter, _, _) in expected.items():
+            if parameter in loaded and name not in tensors:
+                present = ", ".join(loaded[parameter])
+                raise ValueError(f"Adafactor: expected {name} in the checkpoint beside {present}, got none")
+        if "step" not in tensors:
+            raise KeyError("Adafactor: the checkpoint has no step, the count of updates")
+        for parameter in {parameter for parameter, _, _ in expected.values()}:
+            self.state.pop(parameter, None)
+        self.state.update(loaded)
         for group in self.param_groups:
             self._count(group).copy_(tensors["step"])
 

@@ -164,6 +164,27 @@ def test_state_round_trips_to_the_same_bits() -> None:
         other.load_named_state(zip(names, resumed, strict=True), {"bias.variance": torch.zeros(4)})
 
 
+def test_a_state_with_missing_parts_is_refused_and_changes_nothing() -> None:
+    weights = {"matrix": parameter(6, 9, dtype=torch.float32), "vector": parameter(5, dtype=torch.float32)}
+    optimizer = optim.Adafactor(weights.values(), min_factored=2)
+    run_steps(optimizer, list(weights.values()), range(2))
+    named = optimizer.named_state(weights.items())
+    before = copy.deepcopy(named)
+    other_values = {name: tensor + 1 for name, tensor in named.items()}
+    for missing, error, text in [
+        ("matrix.col_var", ValueError, r"expected matrix\.col_var in the checkpoint beside row_var, got none"),
+        ("matrix.row_var", ValueError, r"expected matrix\.row_var in the checkpoint beside col_var, got none"),
+        ("step", KeyError, "the checkpoint has no step, the count of updates"),
+    ]:
+        tensors = {name: tensor for name, tensor in other_values.items() if name != missing}
+        with pytest.raises(error, match=text):
+            optimizer.load_named_state(weights.items(), tensors)
+        assert_same_bits(list(optimizer.named_state(weights.items()).values()), list(before.values()), missing)
+    # Without any entry a parameter never had a gradient when the checkpoint was saved.
+    optimizer.load_named_state(weights.items(), {"vector.variance": torch.ones(5), "step": torch.tensor(1)})
+    assert set(optimizer.named_state(weights.items())) == {"vector.variance", "step"}
+
+
 def test_same_bits_for_any_number_of_threads() -> None:
     def run() -> list[Tensor]:
         weights = [parameter(3, 200, 170, dtype=torch.float32), parameter(90_001, dtype=torch.float32)]
