@@ -1,5 +1,5 @@
 # make demo    train, export and run a small model from nothing    make lint    clang-format, ruff, mypy
-# make test    build and run the fast tests                        make bench   the measurements the README quotes
+# make test    build and run the fast tests                        make bench   the benchmarks
 # make test-all  also the slow ones (wheels, fault loops, demo)    make dev     build in place, for work on the sources
 #
 # Everything is installed into .venv. A machine needs python3 >= 3.10 with venv and headers, a C++20 compiler and make.

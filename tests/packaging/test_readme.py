@@ -1,4 +1,7 @@
-"""The README's examples, run as they stand there. `make demo` and `make test` themselves are the two exceptions."""
+"""The README's examples and commands, run as they stand there, and its tables against the library.
+
+Run elsewhere: `make demo` (tests/training/test_demo.py) and the installation (test_wheel.py); `make test` is this run.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import glam_ext
+from glam_ext.counts import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = FENCE.findall(README)
+PROSE = FENCE.sub("", README)
+INLINE = [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", PROSE)]
+COMMANDS = sorted({text for text in INLINE if text.startswith("glam ")})
 
 
 def blocks(language: str) -> list[str]:
@@ -27,6 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("readme")
     (path / "recipes").symlink_to(ROOT / "recipes")
     return path
+
+
+def table_rows(first_heading: str) -> list[list[str]]:
+    """The cells of the table whose first column has this heading."""
+    (table,) = re.findall(rf"^\| {first_heading} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, flags=re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -52,6 +68,41 @@ def test_commands_and_program(folder: Path) -> None:
     for script in blocks("sh"):
         run(["bash", "-euc", script], folder)
     assert (folder / "tiny.pt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_inline_commands(command: str, folder: Path) -> None:
+    assert run(command.replace("NAME", "8B/64E").split(), folder).strip()
+
+
+def test_the_prose_names_the_commands_that_are_tested() -> None:
+    assert {"glam doctor", "glam inspect NAME", "glam train --help"} == set(COMMANDS)
+    others = {text for text in INLINE if re.match(r"(pip|python\S*|make|cmake|bash) ", text)}
+    assert others == {"pip install --no-build-isolation .", "make demo"}
+
+
+def test_the_table_has_every_public_op() -> None:
+    rows = table_rows("op")
+    names = [name for cells in rows for name in re.findall(r"`(\w+)`", cells[0])]
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("glam::")}
+    public = {name.removeprefix("glam::").split(".")[0] for name in registered if not name.startswith("glam::_")}
+    assert sorted(names) == sorted(public)
+    assert all(len(cells) == 2 and cells[1] for cells in rows)
+
+
+def test_the_preset_table_is_what_the_presets_say() -> None:
+    expected = []
+    for name in glam_ext.preset_names():
+        if name in ("tiny", "debug"):
+            continue
+        config = glam_ext.GLaMConfig.preset(name)
+        sizes = (config.num_layers, config.model_dim, config.hidden_dim, config.num_heads, config.head_dim)
+        row = [name, *map(str, sizes), str(config.num_experts) if config.num_experts > 1 else "-"]
+        for vocab_size in (32_000, 256_000):
+            count = count_parameters(glam_ext.GLaMConfig.preset(name, vocab_size=vocab_size))
+            row += [f"{number / 1e9:.4g}" for number in (count.total, count.active)]
+        expected.append(row)
+    assert sorted(table_rows("preset")) == sorted(expected)
 
 
 @pytest.mark.slow

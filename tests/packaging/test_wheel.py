@@ -1,7 +1,6 @@
 """Slow: the package as a user gets it. A wheel in another environment, editable installs, a C++ program, bad machines.
 
-Everything happens in a copy of the tracked files. The environments are real ones; torch and the other libraries are
-links to those of the running environment, so that nothing is downloaded and torch lies beside the installed package.
+Everything happens in a copy of the tracked files and in real environments.
 """
 
 from __future__ import annotations
@@ -9,73 +8,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.packaging.environments import EVERYTHING, Environment, copy_sources, succeed
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
-
-
-def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)  # type: ignore[call-overload]
-
-
-def succeed(*command: str | Path, **options: object) -> str:
-    result = run(*command, **options)
-    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
-
-
-class Environment:
-    """A virtual environment; `links` are the names of installed files to take over from the running one."""
-
-    def __init__(self, folder: Path, links: str = "") -> None:
-        succeed(sys.executable, "-m", "venv", folder)
-        self.bin = folder / "bin"
-        self.python = self.bin / "python"
-        self.site = Path(succeed(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-        if not links:
-            return
-        for entry in self.site.glob("setuptools*"):  # venv may have brought an older one
-            shutil.rmtree(entry)
-        for name in ("cmake", "ninja"):
-            if (program := Path(sys.executable).parent / name).exists():
-                (self.bin / name).symlink_to(program)
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            target = self.site / entry.name
-            if re.match(links, entry.name) and "glam_ext" not in entry.name and not target.exists():
-                target.symlink_to(entry)
-
-    def pip_install(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run(self.python, "-m", "pip", "install", *arguments, env={**os.environ, **environment}, cwd="/")
-
-    def call(self, code: str) -> str:
-        return succeed(self.python, "-c", code, cwd="/").strip()
-
-
-EVERYTHING = r"(?!pip|_distutils_hack|distutils-precedence)"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked files, which may hold what the working tree holds beside them."""
-    tracked = run("git", "ls-files", "-z", cwd=ROOT)
-    if tracked.returncode != 0:
-        pytest.skip("the source tree is not a git checkout")
-    copy = tmp_path_factory.mktemp("source") / "glam_ext"
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
-    return copy
+    return copy_sources(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +104,16 @@ def test_cmake_package_makes_a_program_without_python(installed: Environment, tm
     loaded = succeed("ldd", program)
     assert "libglam_core.so" in loaded
     assert not re.search(r"not found|libpython|libtorch_python", loaded)
+
+
+def test_install_from_the_sources(builder: Environment, source: Path) -> None:
+    """The README's command, where torch and the build tools are installed. PIP_NO_INDEX: nothing may be missing."""
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    succeed(builder.python, "-m", "pip", *["install", "--no-build-isolation", "."], env=environment, cwd=source)
+    assert builder.call("import glam_ext; print(glam_ext.__file__)").startswith(str(builder.site))
+    assert "FAILED" not in succeed(builder.bin / "glam", "doctor", cwd="/")
+    builder.call("import glam_ext.recipes")
+    assert "not found" not in succeed("ldd", builder.site / "glam_ext" / "lib" / "libglam_core.so")
 
 
 def test_editable_install(builder: Environment, source: Path, wheel: Path) -> None:
