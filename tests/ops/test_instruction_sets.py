@@ -13,8 +13,9 @@ import glam_ext
 
 CPU = glam_ext.build_info()["backends"]["cpu"]
 SETS = CPU["isa_compiled"]
-OPS = ["moe_mlp", "linear", "linear_cross_entropy", "relative_attention", "rms_norm", "combine", "dispatch"]
-LEVELS = "test_reference or test_batch_invariance"
+OPS = ["combine", "dispatch", "embedding", "expert_mlp", "geglu_mlp", "linear", "linear_cross_entropy", "moe_mlp",
+       "relative_attention", "relative_attention_step", "rms_norm"]  # fmt: skip
+LEVELS = "test_reference or test_gradients or test_batch_invariance"
 
 
 @pytest.mark.parametrize("isa", SETS)
