@@ -212,6 +212,7 @@ def hidden_states(
     random: List[int],
 ) -> Tuple[Tensor, List[Tensor], List[Tensor], List[Tensor]]:
     """The final norm's output [B, S, D], and of each MoE layer aux, router_z and the router statistics."""
+    assert tokens.dim() == 2, "glam::GLaM: expected tokens to be [B, S], got " + str(list(tokens.shape))
     x_BSD = embed(tokens, parameters, options)
     token_mask: Optional[Tensor] = None
     if segment_ids is not None:
@@ -279,9 +280,19 @@ def loss(
     Sums over the tokens of this call; aux is reduced over the MoE layers as configured, router_z summed over them.
     random: [seed, step, index of the first token in the global batch], for the random routing policies.
     """
-    assert targets.shape == tokens.shape, "glam::GLaM.loss: expected targets to be [B, S] as tokens, got another shape"
+    assert targets.shape == tokens.shape, (
+        "glam::GLaM.loss: expected targets to be [B, S] as tokens, "
+        + str(list(tokens.shape))
+        + ", got "
+        + str(list(targets.shape))
+    )
     if weights is not None:
-        assert weights.shape == tokens.shape, "glam::GLaM.loss: expected weights to be [B, S] as tokens"
+        assert weights.shape == tokens.shape, (
+            "glam::GLaM.loss: expected weights to be [B, S] as tokens, "
+            + str(list(tokens.shape))
+            + ", got "
+            + str(list(weights.shape))
+        )
     h_BSD, aux, router_z, statistics = hidden_states(tokens, segment_ids, parameters, options, training, random)
     table_VD = output_table(parameters, options)
     loss_sum, nll, _ = torch.ops.glam.linear_cross_entropy(
@@ -333,6 +344,7 @@ def step(
     nothing, its cache stays); lengths int32 [B]: how many of the N tokens are real, the rest is padding on the right,
     whose cache entries later steps overwrite. A prefill is a step with many tokens.
     """
+    assert tokens.dim() == 2, "glam::GLaM.step: expected tokens to be [B, N], got " + str(list(tokens.shape))
     x_BND = embed(tokens, parameters, options)
     new = torch.arange(tokens.size(1), device=tokens.device)
     mask_BN = (new < lengths.unsqueeze(1)) & (positions >= 0).unsqueeze(1)
@@ -379,10 +391,13 @@ def generate(
     everything. A row ends with the first of stop_tokens, which is kept. Row b draws from counters (b, i) of the seed: a
     row gives the same tokens in any batch where it has the same index.
     """
+    assert tokens.dim() == 2, "glam::generate: expected tokens to be [B, N], got " + str(list(tokens.shape))
     batch = tokens.size(0)
     if batch > 0:
-        in_range = int(lengths.min()) >= 1 and int(lengths.max()) <= tokens.size(1)
-        assert in_range, "glam::generate: expected lengths in [1, N], N being the width of tokens"
+        width, shortest, longest = tokens.size(1), int(lengths.min()), int(lengths.max())
+        in_range = shortest >= 1 and longest <= width
+        got = str(shortest) + " to " + str(longest)
+        assert in_range, "glam::generate: expected lengths in [1, N] with N = " + str(width) + ", got " + got
     cache = init_cache(batch, tokens.size(1) + max_new_tokens, parameters, options)
     stop = torch.tensor(stop_tokens, dtype=torch.long, device=tokens.device)
     rows = torch.arange(batch, device=tokens.device) * 4294967296

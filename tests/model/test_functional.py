@@ -153,8 +153,42 @@ def test_a_transposed_argument_is_named(name: str) -> None:
     config = config_of()
     batch = batch_of(config)
     batch[name] = batch[name].T
-    with pytest.raises(AssertionError, match=rf"expected {name} to be \[B, S\] as tokens"):
+    with pytest.raises(AssertionError, match=rf"expected {name} to be \[B, S\] as tokens, \[3, 16\], got \[16, 3\]"):
         functional_results(leaves(build(config)), batch, config)
+
+
+def test_tokens_of_another_rank_are_named(tmp_path: Path) -> None:
+    """By the text as Python and by the same text as TorchScript."""
+    model = build(config_of()).eval()
+    parameters, options = dict(model.named_parameters()), functional.options_of(model.config)
+    _C.export_torchscript(model._core, tmp_path / "glam.pt", {})
+    archive = torch.jit.load(tmp_path / "glam.pt")
+    tokens, one = torch.tensor([2, 3, 4]), torch.ones(1, dtype=torch.int32)
+    cache = model.init_cache(1, 8)
+    sampling = (4, 0.0, 0, 1.0, 0, [])
+    calls = {
+        r"glam::GLaM: expected tokens to be \[B, S\], got \[3\]": [
+            lambda: functional.forward(tokens, None, parameters, options, False, [0, 0, 0]),
+            lambda: archive(tokens, None),
+        ],
+        r"glam::GLaM.step: expected tokens to be \[B, N\], got \[3\]": [
+            lambda: functional.step(tokens, cache, one, one, parameters, options),
+            lambda: archive.step(tokens, cache, one, one),
+        ],
+        r"glam::generate: expected tokens to be \[B, N\], got \[3\]": [
+            lambda: functional.generate(tokens, one, *sampling, parameters, options),
+            lambda: archive.generate(tokens, one, *sampling),
+        ],
+        r"glam::generate: expected lengths in \[1, N\] with N = 3, got 4 to 4": [
+            lambda: functional.generate(tokens[None], 4 * one, *sampling, parameters, options),
+            lambda: archive.generate(tokens[None], 4 * one, *sampling),
+        ],
+    }
+    for text, (plain, scripted) in calls.items():
+        with pytest.raises(AssertionError, match=text):
+            plain()
+        with pytest.raises(torch.jit.Error, match=text):
+            scripted()
 
 
 class Exported(torch.nn.Module):
