@@ -5,6 +5,8 @@
 
 #include "glam/checkpoint.h"
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -15,6 +17,7 @@
 #include <optional>
 #include <set>
 
+#include "io/safetensors.h"
 #include "io/strict_json.h"
 
 namespace glam {
@@ -117,6 +120,18 @@ void verify_file(const fs::path& file, const ManifestEntry& entry, Verify verify
   }
 }
 
+// The whole tensor of pieces that are known to make it up. One that lies in a single file is not copied.
+at::Tensor put_together(const std::vector<Piece>& pieces) {
+  if (pieces.size() == 1) return pieces.front().tensor;
+  const at::Tensor whole = at::empty(pieces.front().shape, pieces.front().tensor.options());
+  for (const Piece& piece : pieces) {
+    at::Tensor box = whole;
+    for (int64_t dim = 0; dim < whole.dim(); ++dim) box = box.narrow(dim, piece.offset[dim], piece.tensor.size(dim));
+    box.copy_(piece.tensor);
+  }
+  return whole;
+}
+
 // The number of a "step-000123" folder name.
 std::optional<int64_t> step_of(const fs::path& folder) {
   const std::string name = (folder.has_filename() ? folder : folder.parent_path()).filename().string();
@@ -200,14 +215,26 @@ CheckpointFolder open_checkpoint(const fs::path& path, Verify verify,
 }
 
 TensorMap load_tensors(const CheckpointFolder& folder, const std::string& stem) {
-  TensorMap tensors;
+  struct Whole {
+    std::vector<Piece> pieces;
+    std::vector<PieceFacts> facts;
+  };
+  std::map<std::string, Whole> wholes;
   for (const ManifestEntry& entry : folder.files) {
     if (!is_tensor_file(entry.file, stem)) continue;
-    for (auto& [name, tensor] : read_safetensors(folder.path / entry.file)) {
-      if (!tensors.emplace(name, tensor).second) {
-        refuse(folder.path / entry.file, "tensor " + name + " is also in another file" + kUseAnother);
-      }
+    for (auto& [name, piece] : read_pieces(folder.path / entry.file)) {
+      Whole& whole = wholes[name];
+      whole.facts.push_back({entry.file, safetensors_name(piece.tensor.scalar_type()), piece.shape, piece.offset,
+                             piece.tensor.sizes().vec()});
+      whole.pieces.push_back(std::move(piece));
     }
+  }
+  TensorMap tensors;
+  for (const auto& [name, whole] : wholes) {
+    if (const auto problem = problem_of_pieces(name, whole.facts); !problem.empty()) {
+      refuse(folder.path, problem + kUseAnother);
+    }
+    tensors.emplace(name, put_together(whole.pieces));
   }
   return tensors;
 }

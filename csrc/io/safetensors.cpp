@@ -22,6 +22,7 @@
 
 #include "glam/checkpoint.h"
 #include "io/file.h"
+#include "io/safetensors.h"
 #include "io/strict_json.h"
 
 namespace glam {
@@ -67,7 +68,9 @@ class MappedFile {
     if (!S_ISREG(status.st_mode)) refuse(file, "it is not a regular file");
     size_ = static_cast<size_t>(status.st_size);
     if (size_ < kLengthBytes) refuse(file, "it has " + std::to_string(size_) + " bytes");
-    void* mapped = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor.get(), 0);
+    // A rank maps whole files to read its part: without MAP_NORESERVE a file larger than the memory could be refused.
+    constexpr int kFlags = MAP_PRIVATE | MAP_NORESERVE;
+    void* mapped = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, kFlags, descriptor.get(), 0);
     if (mapped == MAP_FAILED) fail_io(file, "mmap", errno);
     data_ = static_cast<char*>(mapped);
   }
@@ -135,16 +138,19 @@ Entry read_entry(const std::filesystem::path& file, const std::string& name, con
   return entry;
 }
 
+std::map<std::string, std::string> read_metadata(const std::filesystem::path& file, const Json& header) {
+  const auto found = header.find(kMetadataKey);
+  if (found == header.end()) return {};
+  const bool texts = found->is_object() &&
+                     std::all_of(found->begin(), found->end(), [](const Json& text) { return text.is_string(); });
+  if (!texts) refuse(file, "its __metadata__ is not a map from text to text");
+  return found->get<std::map<std::string, std::string>>();
+}
+
 std::vector<Entry> read_entries(const std::filesystem::path& file, const Json& header, uint64_t data_bytes) {
   std::vector<Entry> entries;
   for (const auto& [name, value] : header.items()) {
-    if (name != kMetadataKey) {
-      entries.push_back(read_entry(file, name, value));
-      continue;
-    }
-    const bool texts =
-        value.is_object() && std::all_of(value.begin(), value.end(), [](const Json& text) { return text.is_string(); });
-    if (!texts) refuse(file, "its __metadata__ is not a map from text to text");
+    if (name != kMetadataKey) entries.push_back(read_entry(file, name, value));
   }
   std::sort(entries.begin(), entries.end(),
             [](const Entry& a, const Entry& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
@@ -178,7 +184,12 @@ at::Tensor make_tensor(const std::filesystem::path& file, const Entry& entry, ch
 
 }  // namespace
 
-TensorMap read_safetensors(const std::filesystem::path& file) {
+const char* safetensors_name(at::ScalarType dtype) {
+  const auto found = std::find_if(kDtypes.begin(), kDtypes.end(), [&](const DtypeName& d) { return d.dtype == dtype; });
+  return found == kDtypes.end() ? nullptr : found->name;
+}
+
+TensorMap read_safetensors(const std::filesystem::path& file, std::map<std::string, std::string>* metadata) {
   const auto mapping = std::make_shared<MappedFile>(file);
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, mapping->data(), kLengthBytes);
@@ -187,6 +198,8 @@ TensorMap read_safetensors(const std::filesystem::path& file) {
                      std::to_string(mapping->size()));
   }
   const Json header = parse_header(file, {mapping->data() + kLengthBytes, header_bytes});
+  auto texts = read_metadata(file, header);
+  if (metadata != nullptr) *metadata = std::move(texts);
   const uint64_t data_bytes = mapping->size() - kLengthBytes - header_bytes;
   char* const data = mapping->data() + kLengthBytes + header_bytes;
 

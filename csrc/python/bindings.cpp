@@ -100,7 +100,31 @@ py::dict checkpoint_facts(const glam::CheckpointFolder& folder) {
 void bind_io(py::module_& m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   py::register_exception<glam::CheckpointError>(m, "CheckpointError", PyExc_RuntimeError);
-  m.def("read_safetensors", &glam::read_safetensors, py::arg("file"), release_gil());
+  m.def(
+      "read_safetensors", [](const std::filesystem::path& file) { return glam::read_safetensors(file); },
+      py::arg("file"), release_gil());
+  m.def(
+      "read_pieces",
+      [](const std::filesystem::path& file) {
+        std::map<std::string, std::tuple<at::Tensor, std::vector<int64_t>, std::vector<int64_t>>> pieces;
+        for (auto& [name, piece] : glam::read_pieces(file)) {
+          pieces.emplace(name, std::tuple(piece.tensor, piece.shape, piece.offset));
+        }
+        return pieces;
+      },
+      py::arg("file"), release_gil(), "Each tensor of a file, the shape of the whole one and its offset in that.");
+  using Facts = std::tuple<std::string, std::string, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
+  m.def(
+      "problem_of_pieces",
+      [](const std::string& name, const std::vector<Facts>& pieces) {
+        std::vector<glam::PieceFacts> facts;
+        for (const auto& [holder, dtype, shape, offset, sizes] : pieces) {
+          facts.push_back({holder, dtype, shape, offset, sizes});
+        }
+        return glam::problem_of_pieces(name, facts);
+      },
+      py::arg("name"), py::arg("pieces"), "Of (holder, dtype, whole shape, offset, sizes) of each; empty if whole.");
+  m.attr("PIECES_KEY") = glam::kPiecesKey;
   m.def("write_safetensors", &glam::write_safetensors, py::arg("file"), py::arg("tensors"),
         py::arg("metadata") = std::map<std::string, std::string>{}, release_gil());
   m.def(
