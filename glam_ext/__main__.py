@@ -18,7 +18,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("glam_ext.recipes.generate", "continue a prompt"),
     "export": ("glam_ext.recipes.export", "write a TorchScript archive for C++ programs"),
     "inspect": ("glam_ext.recipes.inspect_model", "parameters, FLOPs and memory of a preset or configuration"),
-    "verify": ("glam_ext.checkpoint.verify", "check every file of a checkpoint folder"),
+    "verify": ("glam_ext.checkpoint.verify", "check the files of a checkpoint folder and that nothing is lost"),
+    "convert": ("glam_ext.recipes.convert", "write a checkpoint for another number of ranks, or for DCP"),
     "doctor": ("glam_ext.doctor", "what this installation is and whether it works here"),
 }
 

@@ -9,6 +9,7 @@ import pytest
 
 from glam_ext.checkpoint import CheckpointError, verify
 from tests.checkpoint.helpers import CONFIG, assert_same_tensors, flip_bit, model_tensors, rewrite_manifest, save
+from tests.checkpoint.layouts import ONE, save_layout, whole_state
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -170,8 +171,8 @@ def test_nothing_is_unpickled(tmp_path, read):
 
 def test_verify_command(tmp_path, capsys):
     root = tmp_path / "run" / "checkpoints"
-    save(root, 1)
-    folder = save(root, 2)
+    save_layout(root, 1, ONE, whole_state())
+    folder = save_layout(root, 2, ONE, whole_state())
     assert verify.main([str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.count("good  ") == 2
     flip_bit(folder / "optimizer.safetensors", -1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glam_ext.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from glam_ext.checkpoint import CheckpointError, files, load_checkpoint, save_checkpoint
 from glam_ext.checkpoint import save as save_module
 from tests.checkpoint.helpers import CONFIG, assert_same_tensors, flip_bit, model_tensors, names, save
 
@@ -29,7 +29,7 @@ def test_order_of_the_writes(tmp_path, monkeypatch):
     log: list[tuple[str, str]] = []
     opened: dict[int, str] = {}
     real = {name: getattr(os, name) for name in ("open", "fsync", "rename")}
-    real_touch, real_save_file, real_write_text = Path.touch, save_module.save_file, Path.write_text
+    real_touch, real_write_tensor_file, real_write_text = Path.touch, save_module.write_tensor_file, Path.write_text
     real_rmtree = shutil.rmtree
 
     def name_of(path: object) -> str:
@@ -52,9 +52,9 @@ def test_order_of_the_writes(tmp_path, monkeypatch):
         log.append(("write", name_of(path)))
         real_touch(path, *arguments, **keywords)
 
-    def traced_save_file(tensors, path, *arguments, **keywords):
+    def traced_write_tensor_file(path, *arguments, **keywords):
         log.append(("write", name_of(path)))
-        real_save_file(tensors, path, *arguments, **keywords)
+        real_write_tensor_file(path, *arguments, **keywords)
 
     def traced_write_text(path, *arguments, **keywords):
         log.append(("write", name_of(path)))
@@ -69,7 +69,7 @@ def test_order_of_the_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", traced_rename)
     monkeypatch.setattr(Path, "touch", traced_touch)
     monkeypatch.setattr(Path, "write_text", traced_write_text)
-    monkeypatch.setattr(save_module, "save_file", traced_save_file)
+    monkeypatch.setattr(save_module, "write_tensor_file", traced_write_tensor_file)
     monkeypatch.setattr(shutil, "rmtree", traced_rmtree)
     save(tmp_path, 2, keep=1)
     monkeypatch.undo()
@@ -92,8 +92,8 @@ def test_order_of_the_writes(tmp_path, monkeypatch):
 
 def test_a_new_root_is_made_durable(tmp_path, monkeypatch):
     synced: list[str] = []
-    real_fsync = save_module._fsync
-    monkeypatch.setattr(save_module, "_fsync", lambda path: (synced.append(str(path)), real_fsync(path)))
+    real_fsync = files.fsync
+    monkeypatch.setattr(files, "fsync", lambda path: (synced.append(str(path)), real_fsync(path)))
     save(tmp_path / "run" / "checkpoints", 0)
     assert synced[:2] == [str(tmp_path), str(tmp_path / "run")]
 
@@ -156,7 +156,7 @@ def test_an_old_folder_that_cannot_be_deleted_does_not_end_the_run(tmp_path, mon
     def refuse(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
-    monkeypatch.setattr(save_module, "_delete", refuse)
+    monkeypatch.setattr(files, "delete", refuse)
     with pytest.warns(UserWarning, match="step-000001: an old checkpoint could not be deleted: .*Permission denied"):
         save(tmp_path, 2, keep=1)
     assert load_checkpoint(tmp_path).step == 2
@@ -233,7 +233,7 @@ def test_an_interrupt_inside_a_save_cleans_up(tmp_path, monkeypatch):
     def interrupted(*arguments: object, **keywords: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(save_module, "save_file", interrupted)
+    monkeypatch.setattr(save_module, "write_tensor_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2)
     monkeypatch.undo()
