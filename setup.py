@@ -132,5 +132,5 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not check this wh
 setup(
     ext_modules=[Extension("glam_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
-    install_requires=[torch_requirement(), "numpy", "safetensors>=0.4"],
+    install_requires=[torch_requirement(), "numpy"],
 )
