@@ -69,9 +69,13 @@ struct ExpertFunction : torch::autograd::Function<ExpertFunction> {
     const auto [grad_rows, grad_wi, grad_wo, grad_wg] =
         expert_backward_op().call(grads[0], saved[0], optional(saved[1]), saved[2], saved[3], saved[4], saved[5],
                                   optional(saved[6]), ctx->saved_data["activation"].toStringRef());
-    return {if_needed(ctx->needs_input_grad(0), grad_rows), Tensor(),
-            if_needed(ctx->needs_input_grad(2), grad_wi),   if_needed(ctx->needs_input_grad(3), grad_wo),
-            if_needed(saved[6].defined(), grad_wg),         Tensor()};
+    const size_t weights = saved[1].defined() ? 2 : 1;  // absent offsets are no input and have no index
+    return {if_needed(ctx->needs_input_grad(0), grad_rows),
+            Tensor(),
+            if_needed(ctx->needs_input_grad(weights), grad_wi),
+            if_needed(ctx->needs_input_grad(weights + 1), grad_wo),
+            if_needed(saved[6].defined(), grad_wg),
+            Tensor()};
   }
 };
 

@@ -40,3 +40,15 @@ BASE = samples.GEGLU_MLP.find("small", torch.float32, "T=6 D=5 F=7")
 )
 def test_bad_input(changes: dict[int, Any], text: str) -> None:
     levels.assert_refused(samples.GEGLU_MLP, BASE, changes, text)
+
+
+@pytest.mark.parametrize("trained", range(3))
+def test_one_weight_alone_gets_its_gradient(trained: int) -> None:
+    """The others are frozen; the gradient is that of all together."""
+    x, *weights = samples.GEGLU_MLP.samples("small", torch.float32)[0].args
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+    torch.ops.glam.geglu_mlp(x, *leaves).square().sum().backward()
+    mixed = [weight.clone().requires_grad_(index == trained) for index, weight in enumerate(weights)]
+    torch.ops.glam.geglu_mlp(x, *mixed).square().sum().backward()
+    assert mixed[trained].grad is not None
+    assert torch.equal(mixed[trained].grad, leaves[trained].grad)
