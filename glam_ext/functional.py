@@ -13,7 +13,7 @@ Sources: GLaM (arXiv 2112.06905) section 3; google/praxis glam.py and tensorflow
 from __future__ import annotations
 
 import dataclasses
-from typing import Dict, List, NamedTuple, Optional, Tuple  # noqa: UP035 (TorchScript's names)
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple  # noqa: UP035 (TorchScript's names)
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from .config import GLaMConfig
 class Options(NamedTuple):
     """The fields of GLaMConfig that the computation reads, in types that TorchScript knows.
 
-    A capacity factor <= 0 drops nothing.
+    A capacity factor <= 0 drops nothing. The experts are spread over the expert_ranks ranks of the process group named
+    expert_group, in order; "" is one process with all of them. exchange_chunks: see `ops.exchange_mlp`.
     """
 
     num_layers: int
@@ -50,13 +51,18 @@ class Options(NamedTuple):
     router_jitter: float
     router_logit_cap: float
     compute_dtype: str
+    expert_group: str
+    expert_ranks: int
+    exchange_chunks: int
 
 
-def options_of(config: GLaMConfig) -> Options:
-    """The Options of a configuration."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name in Options._fields}
+def options_of(config: GLaMConfig, expert_group: str = "", expert_ranks: int = 1, exchange_chunks: int = 1) -> Options:
+    """The Options of a configuration, for one process or for the ranks of an expert-parallel group."""
+    values: Dict[str, Any] = {
+        name: value for name, value in dataclasses.asdict(config).items() if name in Options._fields
+    }
     values["eval_capacity_factor"] = config.eval_capacity_factor or 0.0
-    return Options(**values)
+    return Options(**values, expert_group=expert_group, expert_ranks=expert_ranks, exchange_chunks=exchange_chunks)
 
 
 # --- begin
@@ -147,6 +153,80 @@ def routing_noise(z_TE: Tensor, layer: int, options: Options, training: bool, ra
     return torch.ops.glam.counter_uniform(random[0], stream, index)
 
 
+def expert_place(expert_ids: Tensor, options: Options) -> Tensor:
+    """The place of each expert in the order (chunk, rank, expert of the chunk), in which `exchange_mlp` wants rows."""
+    if options.exchange_chunks == 1:
+        return expert_ids
+    experts = torch.arange(options.num_experts, dtype=expert_ids.dtype, device=expert_ids.device)
+    place = experts.view(options.exchange_chunks, options.expert_ranks, -1).transpose(0, 1).flatten()
+    return place[expert_ids.to(torch.long)]
+
+
+def exchanged_experts(
+    h_TD: Tensor,
+    gates_TK: Tensor,
+    ids_TK: Tensor,
+    positions_TK: Tensor,
+    group_size: int,
+    slots: int,
+    wi: Tensor,
+    wo: Tensor,
+    wg: Optional[Tensor],
+    options: Options,
+) -> Tensor:
+    """`moe_mlp` with the experts of all ranks of the group; wi, wo and wg are those of this rank.
+
+    With slots >= 0 every expert gets that many rows of each routing group, so all ranks send equally many and the host
+    need not know how many are used. Dropless, the counts go first and the host waits for them: the layer's only wait.
+    """
+    places_TK = expert_place(ids_TK, options)
+    row_of_choice, choice_of_row, offsets = torch.ops.glam.routing_plan(
+        places_TK, positions_TK, options.num_experts, group_size, slots
+    )
+    rows_RD = torch.ops.glam.dispatch(h_TD, row_of_choice, choice_of_row, offsets)
+    segments = offsets  # with slots: what is received lies as what was sent
+    out_splits: List[int] = []
+    in_splits: List[int] = []
+    if slots < 0:
+        chunks, ranks = options.exchange_chunks, options.expert_ranks
+        rows_of_expert = (offsets[1:] - offsets[:-1]).view(chunks, ranks, -1).transpose(0, 1).flatten()
+        ends = torch.cat([rows_of_expert[:1] * 0, rows_of_expert]).cumsum(0).to(torch.int32)
+        counts = torch.ops.glam.exchange_counts(ends, options.expert_group)
+        counts = counts.view(2, ranks, chunks, -1).transpose(1, 2)  # sent and received, chunk, rank, expert
+        sent_and_received: List[int] = counts.sum(3).flatten().to(torch.long).tolist()
+        in_splits = sent_and_received[: chunks * ranks]
+        out_splits = sent_and_received[chunks * ranks :]
+        received = counts[1].flatten()
+        segments = torch.cat([received[:1] * 0, received]).cumsum(0).to(torch.int32)
+    out_RD = torch.ops.glam.exchange_mlp(
+        rows_RD,
+        segments,
+        out_splits,
+        in_splits,
+        wi,
+        wo,
+        wg,
+        options.expert_activation,
+        options.expert_group,
+        options.exchange_chunks,
+    )
+    return torch.ops.glam.combine(out_RD, gates_TK, row_of_choice, choice_of_row, offsets)
+
+
+def check_equal_batches(tokens: Tensor, options: Options, training: bool) -> None:
+    """Capped routing sends equal splits: every rank of the expert group needs as many tokens as the others."""
+    factor = options.capacity_factor if training else options.eval_capacity_factor
+    if options.expert_group == "" or factor <= 0.0:
+        return
+    ends = torch.arange(options.expert_ranks + 1, dtype=torch.int32, device=tokens.device) * tokens.numel()
+    counts = torch.ops.glam.exchange_counts(ends, options.expert_group)
+    torch._assert_async(
+        (counts[0] == counts[1]).all(),
+        "glam::GLaM: expected the same number of tokens, padding included, on every rank of the expert group with "
+        "capped routing, got different ones; pad the batches to one shape, or set capacity_factor to drop nothing",
+    )
+
+
 def moe_layer(
     x_BSD: Tensor,
     token_mask: Optional[Tensor],
@@ -170,32 +250,29 @@ def moe_layer(
     if group_size == -1:
         group_size = h_TD.size(0)
     factor = options.capacity_factor if training else options.eval_capacity_factor
+    slots = capacity(group_size, factor, options.num_experts)
     noise = routing_noise(z_TE, layer, options, training, random)
     gates_TK, ids_TK, positions_TK, aux_G = torch.ops.glam.top2_gating(
         z_TE,
         token_mask,
         noise,
         group_size,
-        capacity(group_size, factor, options.num_experts),
+        slots,
         options.second_policy if training else "all",
         options.second_threshold,
         options.normalize_before_capacity,
     )
-    row_of_choice, choice_of_row, offsets = torch.ops.glam.routing_plan(ids_TK, positions_TK, options.num_experts)
+    wi, wo = parameters[prefix + "moe.wi"], parameters[prefix + "moe.wo"]
     wg: Optional[Tensor] = None
     if options.expert_activation == "geglu":
         wg = parameters[prefix + "moe.wg"]
-    y_TD = torch.ops.glam.moe_mlp(
-        h_TD,
-        gates_TK,
-        row_of_choice,
-        choice_of_row,
-        offsets,
-        parameters[prefix + "moe.wi"],
-        parameters[prefix + "moe.wo"],
-        wg,
-        options.expert_activation,
-    )
+    if options.expert_group != "":
+        y_TD = exchanged_experts(h_TD, gates_TK, ids_TK, positions_TK, group_size, slots, wi, wo, wg, options)
+    else:
+        row_of_choice, choice_of_row, offsets = torch.ops.glam.routing_plan(ids_TK, positions_TK, options.num_experts)
+        y_TD = torch.ops.glam.moe_mlp(
+            h_TD, gates_TK, row_of_choice, choice_of_row, offsets, wi, wo, wg, options.expert_activation
+        )
     lse_T = torch.logsumexp(z_TE, 1)
     if token_mask is not None:
         lse_T = torch.where(token_mask, lse_T, torch.zeros_like(lse_T))
@@ -213,6 +290,7 @@ def hidden_states(
 ) -> Tuple[Tensor, List[Tensor], List[Tensor], List[Tensor]]:
     """The final norm's output [B, S, D], and of each MoE layer aux, router_z and the router statistics."""
     assert tokens.dim() == 2, "glam::GLaM: expected tokens to be [B, S], got " + str(list(tokens.shape))
+    check_equal_batches(tokens, options, training)
     x_BSD = embed(tokens, parameters, options)
     token_mask: Optional[Tensor] = None
     if segment_ids is not None:

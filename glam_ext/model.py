@@ -59,7 +59,11 @@ def _size(node: nn.Module) -> int:
 class GLaM(nn.Module):
     """The model of `config`, initialised from `seed`; on device "meta" nothing is allocated.
 
-    Raises ``ValueError`` for an impossible configuration.
+    With `expert_group`, the name of a process group of P ranks, the experts are spread over its ranks: rank p holds
+    experts p E / P to (p + 1) E / P of every MoE layer, `local_experts`, and their weights are [E / P, ...]. Its ranks
+    must all make every call. `exchange_chunks` is the number of parts in which rows travel and are computed at once.
+
+    Raises ``ValueError`` for an impossible configuration, ``RuntimeError`` where E is no multiple of the ranks.
     """
 
     config: GLaMConfig
@@ -69,10 +73,20 @@ class GLaM(nn.Module):
     _adopted: list[tuple[str, nn.Module, str, Tensor]]
     _nodes: dict[str, nn.Module]
     _sizes: dict[str, int]
+    _parallel: tuple[str, int]
 
-    def __init__(self, config: GLaMConfig, *, seed: int = 0, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        config: GLaMConfig,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        expert_group: str = "",
+        exchange_chunks: int = 1,
+    ) -> None:
         super().__init__()
-        self._adopt(config, _C.GLaM(config.to_json(), seed, str(device)))
+        self._parallel = (expert_group, exchange_chunks)
+        self._adopt(config, _C.GLaM(config.to_json(), seed, str(device), *self._parallel))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], hashes: bool = True) -> GLaM:
@@ -84,6 +98,7 @@ class GLaM(nn.Module):
         core = _C.load_model(path, hashes)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
+        model._parallel = ("", 1)
         model._adopt(GLaMConfig.from_json(core.config()), core)
         return model.eval()
 
@@ -111,6 +126,18 @@ class GLaM(nn.Module):
             nodes[path] = nn.ModuleList() if path == "layers" else _Node()
             parent.add_module(name, nodes[path])
         return nodes[path]
+
+    # --- experts over ranks
+
+    @property
+    def local_experts(self) -> range:
+        """Of each MoE layer, those whose weights are here."""
+        first, count = self._core.local_experts()
+        return range(first, first + count)
+
+    def expert_parameters(self) -> dict[str, Tensor]:
+        """The weights of experts by name, [local experts, ...]; all other parameters are whole on every rank."""
+        return {path: tensor for path, _, _, tensor in self._adopted if tensor.dim() == 3}
 
     # --- the model
 
@@ -235,7 +262,8 @@ class GLaM(nn.Module):
     def _restore(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
         device = next(iter(state["tensors"].values())).device
-        self._adopt(state["config"], _C.GLaM(state["config"].to_json(), None, str(device)))
+        self._parallel = state["attributes"]["_parallel"]
+        self._adopt(state["config"], _C.GLaM(state["config"].to_json(), None, str(device), *self._parallel))
         for path, _, _, tensor in self._adopted:
             tensor.data = state["tensors"][path]
             tensor.requires_grad_(state["requires_grad"][path])

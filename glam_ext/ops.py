@@ -133,6 +133,14 @@ def exchange(rows: Tensor, out_splits: Sequence[int] = (), in_splits: Sequence[i
     return torch.ops.glam.exchange(rows, list(out_splits), list(in_splits), group)
 
 
+def ordered_all_reduce(x: Tensor, group: str = "") -> Tensor:
+    """The sum of a floating tensor over the ranks of a group, added in rank order: the same bits on every rank.
+
+    Not differentiable. For small tensors: every rank receives those of all.
+    """
+    return torch.ops.glam.ordered_all_reduce(x, group)
+
+
 # --- products and feed-forward networks: weights are rounded to x's dtype where they enter a product
 
 
@@ -185,6 +193,39 @@ def moe_mlp(
     `routing_plan`; weights as in `expert_mlp`. Saves x, the pre-activations and the plan for the backward.
     """
     return torch.ops.glam.moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation)
+
+
+def exchange_mlp(
+    rows: Tensor,
+    offsets: Tensor,
+    wi: Tensor,
+    wo: Tensor,
+    wg: Tensor | None = None,
+    activation: str = "relu",
+    out_splits: Sequence[int] = (),
+    in_splits: Sequence[int] = (),
+    group: str = "",
+    chunks: int = 1,
+) -> Tensor:
+    """`exchange`, `expert_mlp` and `exchange` back in one op, in `chunks` parts whose transfers and products overlap.
+
+    A rank's E experts are cut into `chunks` equal runs: while one is computed, the next is on its way in and the last
+    on its way back, in the backward pass too.
+
+    Args:
+        rows: [R, D], in order (chunk, receiving rank, expert of the chunk).
+        offsets: int32 [P * E + 1], the segments of the received rows in order (chunk, sending rank, expert).
+        wi, wo, wg: the weights of this rank's E experts, as in `expert_mlp`.
+        out_splits, in_splits: chunks * P counts of rows to receive and to send, in order (chunk, rank); empty:
+            R / (chunks * P) from and to each rank.
+        group: the name of a process group, whose ranks must all make the call; "" is this process alone.
+
+    Returns:
+        [R, D]; rows after the first sum(in_splits) are zero.
+    """
+    return torch.ops.glam.exchange_mlp(
+        rows, offsets, list(out_splits), list(in_splits), wi, wo, wg, activation, group, chunks
+    )
 
 
 def geglu_mlp(x: Tensor, w0: Tensor, w1: Tensor, wo: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import glam_ext  # noqa: F401  (registers torch.ops.glam)
@@ -57,6 +56,36 @@ def inverse_sqrt_schedule(step: int, peak: float, warmup_steps: int = 1) -> floa
     return peak * min((step + 1) / start, math.sqrt(start / (step + 1)))
 
 
+# --- parameters of which a rank holds a part
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter holds a part of the whole along one dimension, the ranks of a process group hold the others."""
+
+    dim: int
+    """Counted from the end: -1 is the last."""
+    size: int
+    """Of the whole parameter in that dimension."""
+    group: str
+    """The name of the process group."""
+
+
+Shards = Mapping[Tensor, Sequence[Shard]]
+
+
+def _sum_over_groups(items: Iterable[tuple[Tensor, Sequence[str]]]) -> None:
+    """Replaces each tensor by its sum over each of its groups; one transfer for each group and dtype."""
+    batches: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+    for tensor, groups in items:
+        for group in groups:
+            batches.setdefault((group, tensor.dtype), []).append(tensor)
+    for (group, _), tensors in batches.items():
+        total = torch.ops.glam.ordered_all_reduce(torch.cat([tensor.flatten() for tensor in tensors]), group)
+        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 # --- the gradient's norm and health
 
 
@@ -67,16 +96,28 @@ class GradientStatistics(NamedTuple):
     """bool []: a gradient, or its square in its dtype (float32 for bfloat16), is infinite or NaN."""
 
 
-def gradient_statistics(parameters: Iterable[Tensor]) -> GradientStatistics:
-    """Norm and health of the parameters' gradients in one pass; those without a gradient are left out."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
+def gradient_statistics(parameters: Iterable[Tensor], shards: Shards | None = None) -> GradientStatistics:
+    """Norm and health of the parameters' gradients in one pass; those without a gradient are left out.
+
+    With `shards` they are those of the whole parameters, each counted once, and the same bits on every rank; the ranks
+    of the groups must all make the call.
+    """
+    parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        groups = tuple(shard.group for shard in (shards or {}).get(parameter, ()))
+        squares, bad = torch.ops.glam.squared_norm(parameter.grad)
+        known = parts.get(groups)
+        parts[groups] = (squares, bad) if known is None else (known[0] + squares, known[1] | bad)
+    if not parts:
         return GradientStatistics(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool))
-    parts = [torch.ops.glam.squared_norm(grad) for grad in grads]
-    squares, nonfinite = parts[0]
-    for more, bad in parts[1:]:
-        squares, nonfinite = squares + more, nonfinite | bad
-    return GradientStatistics(squares.sqrt(), nonfinite)
+    vectors = [(torch.stack([squares, bad.double()]), groups) for groups, (squares, bad) in parts.items()]
+    _sum_over_groups(vectors)
+    squares, bad = vectors[0][0].unbind()
+    for more, _ in vectors[1:]:
+        squares, bad = squares + more[0], bad + more[1]
+    return GradientStatistics(squares.sqrt(), bad != 0)
 
 
 def global_norm(parameters: Iterable[Tensor]) -> Tensor:
@@ -103,15 +144,19 @@ def clip_gradients_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float)
 # --- Adafactor
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A parameter holds a part of the whole along one dimension, the ranks of `group` hold the others."""
+class _Update(NamedTuple):
+    """A parameter in the middle of its update."""
 
-    dim: int
-    """Counted from the end: -1 is the last."""
-    size: int
-    """Of the whole parameter in that dimension."""
-    group: dist.ProcessGroup
+    parameter: Tensor
+    grad: Tensor
+    row_var: Tensor  # the variance if col_var is none
+    col_var: Tensor | None
+    num_rows: int  # of the whole parameter, as num_cols and num_elements
+    num_cols: int
+    num_elements: int
+    groups: list[str]  # that hold parts of it, and those whose parts split the columns or the rows
+    column_groups: list[str]
+    row_groups: list[str]
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -143,7 +188,7 @@ class Adafactor(torch.optim.Optimizer):
         eps: float = 1e-30,
         min_scale: float = 1e-3,
         min_factored: int = 128,
-        shards: Mapping[Tensor, Sequence[Shard]] | None = None,
+        shards: Shards | None = None,
     ) -> None:
         if not callable(lr) and not isinstance(lr, Tensor) and not lr >= 0:
             raise ValueError(f"Adafactor: expected lr >= 0, a tensor or a schedule, got {lr}")
@@ -182,9 +227,7 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             count = self._count(group)
             lr = self._learning_rate(group, count)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, count, lr, skip)
+            self._update(group, count, lr, skip)
             count.add_(1 if skip is None else skip.logical_not())
         return loss
 
@@ -261,7 +304,50 @@ class Adafactor(torch.optim.Optimizer):
         shape = self._whole_shape(parameter)
         return len(shape) >= 2 and min(shape[-2:]) >= min_factored
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], count: Tensor, lr: Tensor, skip: Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], count: Tensor, lr: Tensor, skip: Tensor | None) -> None:
+        """All parameters of a group, pass by pass, so that the sums over shards travel together."""
+        updates = [self._begin(parameter, group) for parameter in group["params"] if parameter.grad is not None]
+        ops = torch.ops.glam
+        sums = [ops.adafactor_sums(update.grad, update.parameter, update.col_var is not None) for update in updates]
+        _sum_over_groups(
+            item
+            for update, (row_sums, col_sums, weight_squares) in zip(updates, sums, strict=True)
+            for item in (
+                (weight_squares, update.groups),
+                (row_sums, update.column_groups),
+                (col_sums, update.row_groups),
+            )
+        )
+        totals = [
+            ops.adafactor_stats_(
+                update.row_var, update.col_var, update.grad, row_sums, col_sums, count, skip,
+                update.num_rows, update.num_cols, group["decay"], group["eps"],
+            )
+            for update, (row_sums, col_sums, _) in zip(updates, sums, strict=True)
+        ]  # fmt: skip
+        _sum_over_groups(
+            item
+            for update, (row_totals, scaled_squares) in zip(updates, totals, strict=True)
+            for item in (
+                (scaled_squares, update.column_groups + update.row_groups),
+                (row_totals, update.row_groups),
+            )
+        )
+        row_means = [row_totals / update.num_rows for update, (row_totals, _) in zip(updates, totals, strict=True)]
+        squares = [(means * scaled).sum() for means, (_, scaled) in zip(row_means, totals, strict=True)]
+        _sum_over_groups(
+            (update_squares, [name for name in update.groups if name not in update.column_groups + update.row_groups])
+            for update, update_squares in zip(updates, squares, strict=True)
+        )
+        for update, (_, _, weight_squares), means, update_squares in zip(
+            updates, sums, row_means, squares, strict=True
+        ):
+            ops.adafactor_apply_(
+                update.parameter, update.grad, update.row_var, update.col_var, means, weight_squares, update_squares,
+                lr, skip, update.num_elements, group["clipping"], group["min_scale"],
+            )  # fmt: skip
+
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> _Update:
         grad = parameter.grad
         assert grad is not None
         if grad.is_sparse:
@@ -276,25 +362,10 @@ class Adafactor(torch.optim.Optimizer):
         num_rows, num_cols = whole[-2:] if factored else (1, 1)
         shards = self.shards.get(parameter, ())
 
-        row_sums, col_sums, weight_squares = torch.ops.glam.adafactor_sums(grad, parameter, factored)
-        for shard in shards:
-            dist.all_reduce(weight_squares, group=shard.group)
-            if factored and shard.dim in (-1, -2):
-                dist.all_reduce(row_sums if shard.dim == -1 else col_sums, group=shard.group)
-        row_totals, scaled_squares = torch.ops.glam.adafactor_stats_(
-            row_var, col_var, grad, row_sums, col_sums, count, skip, num_rows, num_cols, group["decay"], group["eps"]
+        def groups(*dims: int) -> list[str]:
+            return [shard.group for shard in shards if factored and shard.dim in dims]
+
+        every = [shard.group for shard in shards]
+        return _Update(
+            parameter, grad, row_var, col_var, num_rows, num_cols, math.prod(whole), every, groups(-1), groups(-2)
         )
-        for shard in shards:
-            if factored and shard.dim in (-1, -2):
-                dist.all_reduce(scaled_squares, group=shard.group)
-                if shard.dim == -2:
-                    dist.all_reduce(row_totals, group=shard.group)
-        row_means = row_totals / num_rows
-        update_squares = (row_means * scaled_squares).sum()
-        for shard in shards:
-            if not (factored and shard.dim in (-1, -2)):
-                dist.all_reduce(update_squares, group=shard.group)
-        torch.ops.glam.adafactor_apply_(
-            parameter, grad, row_var, col_var, row_means, weight_squares, update_squares, lr, skip,
-            math.prod(whole), group["clipping"], group["min_scale"],
-        )  # fmt: skip

@@ -6,23 +6,28 @@ Trains a GLaM model. The same command goes on where a run stopped, to the same b
     run folder   runs/NAME/{config.toml, checkpoints/, metrics.jsonl, tb/}
     stopping     SIGTERM and SIGINT save and leave with status 75: run the command again
     status       0 finished, 75 stopped and saved, 1 an error, said in one line on stderr that names the remedy
+    processes    torchrun --nproc-per-node=N -m glam_ext.recipes.pretrain CONFIG.toml; the [parallel] section says how
+                 they share the work, and the result is that of one process
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from glam_ext.checkpoint import CheckpointError
 from glam_ext.data import DataError
+from glam_ext.distributed import LostRankError
 from glam_ext.training import ConfigError, TrainingRun, load_config, to_toml
 
 
 def train(file: str, overrides: Sequence[str], dry_run: bool = False) -> int:
-    log = functools.partial(print, flush=True)
+    is_first = os.environ.get("RANK", "0") == "0"
+    log = functools.partial(print, flush=True) if is_first else lambda _: None
 
     # 1. The configuration, resolved: every field with its value.
     config = load_config(file, overrides)
@@ -38,7 +43,9 @@ def train(file: str, overrides: Sequence[str], dry_run: bool = False) -> int:
     run.resume()
 
     # 4. Train, evaluate, save.
-    return run.train()
+    status = run.train()
+    run.close()
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("always")
     try:
         return train(arguments.config, overrides, arguments.dry_run)
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, LostRankError, OSError) as error:
         print(f"glam train: {error}", file=sys.stderr)
         return 1
 

@@ -46,6 +46,9 @@ class Options {
     add("router_jitter", config.router_jitter);
     add("router_logit_cap", config.router_logit_cap);
     add("compute_dtype", config.compute_dtype);
+    add("expert_group", std::string());
+    add("expert_ranks", int64_t{1});
+    add("exchange_chunks", int64_t{1});
   }
   c10::TupleTypePtr type() const {
     return c10::TupleType::createNamed(c10::QualifiedName("__torch__.glam.Options"), names_, types_);
@@ -146,6 +149,9 @@ void check_format(const std::filesystem::path& file, const std::string& descript
 }  // namespace
 
 torch::jit::Module to_torchscript(const nn::GLaM& model) {
+  TORCH_CHECK(model->parallel().group.empty(),
+              "glam::export_torchscript: expected a model that holds all experts, got ",
+              "one of an expert-parallel group; load its checkpoint in one process");
   const auto unit = std::make_shared<CompilationUnit>();
   const Options options(model->config());
   const auto options_type = options.type();

@@ -4,6 +4,7 @@
 #include <glam/ops.h>
 #include <torch/torch.h>
 
+#include "distributed/collectives.h"
 #include "nn/recompute.h"
 
 namespace glam::nn {
@@ -23,12 +24,12 @@ void check_tokens(const char* method, const Tensor& tokens) {
 
 }  // namespace
 
-BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device) {
+BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device, const ExpertParallel& parallel) {
   attention_norm = register_module("attention_norm", Norm(config, device));
   attention = register_module("attention", Attention(config, device));
   ffn_norm = register_module("ffn_norm", Norm(config, device));
   if (config.is_moe_layer(layer)) {
-    moe = register_module("moe", MoE(config, layer, device));
+    moe = register_module("moe", MoE(config, layer, device, parallel));
   } else {
     ffn = register_module("ffn", FeedForward(config, device));
   }
@@ -53,11 +54,25 @@ Tensor BlockImpl::step(const Tensor& x_BND, Tensor k_cache, Tensor v_cache, cons
   return feed_forward(x_BND + attended, token_mask, /*training=*/false, {}).x_BSD;
 }
 
-GLaMImpl::GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed, torch::Device device) : config_(config) {
+GLaMImpl::GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed, torch::Device device,
+                   const ExpertParallel& parallel)
+    : config_(config), parallel_(parallel) {
   config_.validate();
+  const int64_t ranks = collectives::group_size(parallel.group), experts = config.num_experts;
+  if (config.num_moe_layers() > 0) {
+    TORCH_CHECK(experts % ranks == 0, "glam::GLaM: expected num_experts to be a multiple of the ", ranks,
+                " ranks of the expert group, got ", experts);
+    num_local_experts_ = experts / ranks;
+    first_local_expert_ = collectives::group_rank(parallel.group) * num_local_experts_;
+    TORCH_CHECK(parallel.chunks >= 1 && num_local_experts_ % parallel.chunks == 0,
+                "glam::GLaM: expected exchange chunks to divide the ", num_local_experts_, " experts of a rank, got ",
+                parallel.chunks);
+  }
   embedding_ = register_module("embedding", Embedding(config, device));
   layers_ = register_module("layers", torch::nn::ModuleList());
-  for (int64_t layer = 0; layer < config.num_layers; ++layer) layers_->push_back(Block(config, layer, device));
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    layers_->push_back(Block(config, layer, device, parallel));
+  }
   final_norm_ = register_module("final_norm", Norm(config, device));
   if (!config.tie_embedding) output_ = register_module("output", Embedding(config, device));
   if (seed) initialize(*this, *seed);
@@ -75,11 +90,25 @@ Tensor GLaMImpl::output_logits(const Tensor& h) const {
   return config_.logit_cap > 0 ? torch::tanh(logits / config_.logit_cap) * config_.logit_cap : logits;
 }
 
+// Capped routing sends equal splits. On a GPU nothing waits: the assertion is the device's.
+void GLaMImpl::check_equal_batches(const Tensor& tokens) const {
+  const bool capped = config_.capacity(/*group_size=*/1, is_training()) >= 0;
+  if (parallel_.group.empty() || !capped) return;
+  const int64_t ranks = collectives::group_size(parallel_.group);
+  const Tensor ends = torch::arange(ranks + 1, torch::dtype(torch::kInt).device(tokens.device())) * tokens.numel();
+  const Tensor counts = exchange_counts(ends, parallel_.group);
+  torch::_assert_async(
+      (counts[0] == counts[1]).all(),
+      "glam::GLaM: expected the same number of tokens, padding included, on every rank of the expert group with capped "
+      "routing, got different ones; pad the batches to one shape, or set capacity_factor to drop nothing");
+}
+
 GLaMImpl::Hidden GLaMImpl::hidden_states(const Tensor& tokens, const std::optional<Tensor>& segment_ids,
                                          const Randomness& random) {
   check_tokens("glam::GLaM", tokens);
   TORCH_CHECK(tokens.numel() > 0, "glam::GLaM: expected at least one token, got ", tokens.sizes());
   if (segment_ids) check_batch("glam::GLaM", "segment_ids", *segment_ids, torch::kInt, tokens.sizes());
+  check_equal_batches(tokens);
   Tensor x_BSD = embed(tokens);
   std::optional<Tensor> token_mask;
   if (segment_ids) token_mask = segment_ids->flatten() != 0;

@@ -74,7 +74,8 @@ void initialize(GLaMImpl& model, int64_t seed) {
       value.fill_(1);
     } else if (value.dim() == 3) {
       for (int64_t e = 0; e < value.size(0); ++e) {
-        fill(value[e], *distribution, seed, item.key() + "#" + std::to_string(e));
+        const int64_t expert = model.first_local_expert() + e;
+        fill(value[e], *distribution, seed, item.key() + "#" + std::to_string(expert));
       }
     } else {
       fill(value, *distribution, seed, item.key());

@@ -5,6 +5,8 @@
 #include <glam/ops.h>
 #include <torch/torch.h>
 
+#include "distributed/collectives.h"
+
 namespace glam::nn {
 namespace {
 
@@ -68,9 +70,10 @@ FeedForwardImpl::FeedForwardImpl(const GLaMConfig& config, torch::Device device)
 
 Tensor FeedForwardImpl::forward(const Tensor& h_BSD) { return geglu_mlp(h_BSD, w0, w1, wo); }
 
-MoEImpl::MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device) : config_(config), layer_(layer) {
-  const int64_t D = config.model_dim, F = config.hidden_dim, E = config.num_experts;
-  router = parameter(*this, "router", {D, E}, device);
+MoEImpl::MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device, const ExpertParallel& parallel)
+    : config_(config), parallel_(parallel), num_ranks_(collectives::group_size(parallel.group)), layer_(layer) {
+  const int64_t D = config.model_dim, F = config.hidden_dim, E = config.num_experts / num_ranks_;
+  router = parameter(*this, "router", {D, config.num_experts}, device);
   wi = parameter(*this, "wi", {E, D, F}, device);
   wo = parameter(*this, "wo", {E, F, D}, device);
   if (config.expert_activation == "geglu") wg = parameter(*this, "wg", {E, D, F}, device);
@@ -101,6 +104,43 @@ std::optional<Tensor> MoEImpl::noise(const Tensor& z_TE, bool training, const Ra
                          torch::arange(z_TE.numel(), options).view(z_TE.sizes()) + random.first_token * z_TE.size(1));
 }
 
+std::optional<Tensor> MoEImpl::gate_weight() const { return wg.defined() ? std::optional<Tensor>(wg) : std::nullopt; }
+
+Tensor MoEImpl::expert_place(const Tensor& expert_ids) const {
+  if (parallel_.chunks == 1) return expert_ids;
+  const Tensor experts = torch::arange(config_.num_experts, expert_ids.options());
+  const Tensor place = experts.view({parallel_.chunks, num_ranks_, -1}).transpose(0, 1).flatten();
+  return place.index({expert_ids.to(torch::kLong)});
+}
+
+Tensor MoEImpl::exchanged_experts(const Tensor& h_TD, const Tensor& gates, const Tensor& expert_ids,
+                                  const Tensor& positions, int64_t group_size, int64_t slots) const {
+  const int64_t chunks = parallel_.chunks, parts = chunks * num_ranks_;
+  const auto [row_of_choice, choice_of_row, offsets] =
+      routing_plan(expert_place(expert_ids), positions, config_.num_experts, group_size, slots);
+  const Tensor rows_RD = dispatch(h_TD, row_of_choice, choice_of_row, offsets);
+  Tensor segments = offsets;  // with slots: what is received lies as what was sent
+  std::vector<int64_t> out_splits, in_splits;
+  if (slots < 0) {
+    const auto from_zero = [](const Tensor& sizes) {
+      return torch::cat({sizes.slice(0, 0, 1) * 0, sizes}).cumsum(0).to(torch::kInt);
+    };
+    const Tensor rows_of_expert =
+        (offsets.slice(0, 1) - offsets.slice(0, 0, -1)).view({chunks, num_ranks_, -1}).transpose(0, 1).flatten();
+    const Tensor counts = exchange_counts(from_zero(rows_of_expert), parallel_.group)
+                              .view({2, num_ranks_, chunks, -1})
+                              .transpose(1, 2);                            // sent and received, chunk, rank, expert
+    const Tensor splits = counts.sum(3).flatten().to(torch::kLong).cpu();  // the layer's only wait of the host
+    const auto* const begin = splits.const_data_ptr<int64_t>();
+    in_splits.assign(begin, begin + parts);
+    out_splits.assign(begin + parts, begin + 2 * parts);
+    segments = from_zero(counts[1].flatten());
+  }
+  const Tensor out_RD = exchange_mlp(rows_RD, segments, out_splits, in_splits, wi, wo, gate_weight(),
+                                     config_.expert_activation, parallel_.group, chunks);
+  return combine(out_RD, gates, row_of_choice, choice_of_row, offsets);
+}
+
 MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
                            const Randomness& random) {
   const Tensor h_TD = h_BSD.flatten(0, 1);
@@ -108,12 +148,18 @@ MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& tok
   const int64_t group_size = config_.group_size == 0    ? h_BSD.size(1)
                              : config_.group_size == -1 ? h_TD.size(0)
                                                         : config_.group_size;
+  const int64_t slots = config_.capacity(group_size, training);
   const auto [gates, expert_ids, positions, aux_G] = top2_gating(
-      z_TE, token_mask, noise(z_TE, training, random), group_size, config_.capacity(group_size, training),
-      training ? config_.second_policy : "all", config_.second_threshold, config_.normalize_before_capacity);
-  const auto [row_of_choice, choice_of_row, offsets] = routing_plan(expert_ids, positions, config_.num_experts);
-  const Tensor y_TD = moe_mlp(h_TD, gates, row_of_choice, choice_of_row, offsets, wi, wo,
-                              wg.defined() ? std::optional<Tensor>(wg) : std::nullopt, config_.expert_activation);
+      z_TE, token_mask, noise(z_TE, training, random), group_size, slots, training ? config_.second_policy : "all",
+      config_.second_threshold, config_.normalize_before_capacity);
+  Tensor y_TD;
+  if (parallel_.group.empty()) {
+    const auto [row_of_choice, choice_of_row, offsets] = routing_plan(expert_ids, positions, config_.num_experts);
+    y_TD =
+        moe_mlp(h_TD, gates, row_of_choice, choice_of_row, offsets, wi, wo, gate_weight(), config_.expert_activation);
+  } else {
+    y_TD = exchanged_experts(h_TD, gates, expert_ids, positions, group_size, slots);
+  }
   Tensor lse_T = torch::logsumexp(z_TE, 1);
   if (token_mask) lse_T = torch::where(*token_mask, lse_T, torch::zeros_like(lse_T));
   return {y_TD.view(h_BSD.sizes()), aux_G.mean(), ordered_sum(lse_T * lse_T),

@@ -3,16 +3,17 @@
 // Letters: P ranks of the group, E_local experts on each, R rows here. offsets [P * E_local + 1] are those of the plan,
 // whose rows are ordered by the global expert and therefore by the rank that holds it. Splits are host integers, one per
 // rank: in_splits[p] rows go to rank p, out_splits[p] come from it; empty splits mean R / P to and from each.
-// The group is named, never held; an empty name is one process alone. The transfer itself is torch's functional
-// all-to-all; its gradient is the same transfer backwards, and rows that were not sent get zeros.
+// The group is named, never held; an empty name is one process alone. The gradient is the same transfer backwards, and
+// rows that were not sent get zeros. ordered_all_reduce is a sum over the ranks in rank order: every rank of a group gets
+// the same bits, and so does every other group that adds the same numbers, whichever way the transport goes.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 
+#include "distributed/collectives.h"
 #include "glam/ops.h"
-#include "ops/collectives.h"
 #include "ops/common.h"
 
 namespace glam {
@@ -21,6 +22,7 @@ namespace {
 constexpr auto kCounts = "glam::exchange_counts";
 constexpr auto kExchange = "glam::exchange";
 constexpr auto kExchangeBackward = "glam::_exchange_backward";
+constexpr auto kOrderedAllReduce = "glam::ordered_all_reduce";
 
 using CountsSignature = Tensor(const Tensor&, c10::string_view);
 using ExchangeSignature = Tensor(const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::string_view);
@@ -75,10 +77,18 @@ Route checked_route(const char* op, const SymInt& num_rows, c10::SymIntArrayRef 
   return {in_splits.vec(), out_splits.vec()};
 }
 
+std::vector<int64_t> concrete(c10::SymIntArrayRef splits) { return C10_AS_INTARRAYREF_SLOW(splits).vec(); }
+
 Tensor transfer(const Tensor& rows, const Route& route, c10::string_view group) {
   const Tensor sent = rows.narrow_symint(0, 0, sum(route.sent));
   if (group.empty()) return sent.clone(at::MemoryFormat::Contiguous);
-  return collectives::all_to_all(sent, route.received, route.sent, std::string(group));
+  auto sizes = rows.sym_sizes().vec();
+  sizes[0] = sum(route.received);
+  const Tensor received = at::empty_symint(sizes, rows.options());
+  collectives::start_all_to_all(received, sent.contiguous(), concrete(route.received), concrete(route.sent),
+                                std::string(group))
+      .wait();
+  return received;
 }
 
 void check_rows(const char* op, const Tensor& rows) {
@@ -175,6 +185,19 @@ Tensor exchange_backward_meta(const Tensor& grad, c10::SymIntArrayRef out_splits
   return at::empty_symint(sizes, grad.options());
 }
 
+Tensor ordered_sum_of_ranks(const Tensor& x, c10::string_view group) {
+  check_floating(kOrderedAllReduce, "x", x);
+  const Tensor parts = collectives::all_gather(x, std::string(group));
+  Tensor sum = parts.select(0, 0).clone();
+  for (int64_t rank = 1; rank < parts.size(0); ++rank) sum.add_(parts.select(0, rank));
+  return sum;
+}
+
+Tensor ordered_sum_of_ranks_meta(const Tensor& x, c10::string_view) {
+  check_floating(kOrderedAllReduce, "x", x);
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
 }  // namespace
 
 Tensor exchange_counts(const Tensor& offsets, std::string_view group) {
@@ -186,8 +209,14 @@ Tensor exchange(const Tensor& rows, at::IntArrayRef out_splits, at::IntArrayRef 
   return exchange_op().call(rows, c10::fromIntArrayRefSlow(out_splits), c10::fromIntArrayRefSlow(in_splits), group);
 }
 
+Tensor ordered_all_reduce(const Tensor& x, std::string_view group) {
+  static const auto op = find_op<CountsSignature>(kOrderedAllReduce);
+  return op.call(x, group);
+}
+
 TORCH_LIBRARY_FRAGMENT(glam, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("ordered_all_reduce(Tensor x, str group) -> Tensor", tags);
   m.def("exchange_counts(Tensor offsets, str group) -> Tensor", tags);
   m.def("exchange(Tensor rows, SymInt[] out_splits, SymInt[] in_splits, str group) -> Tensor", tags);
   m.def(
@@ -196,16 +225,19 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
 }
 // Every device: all that happens is torch's own ops and collectives.
 TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) {
+  m.impl("ordered_all_reduce", ordered_sum_of_ranks);
   m.impl("exchange_counts", counts);
   m.impl("exchange", exchange_rows);
   m.impl("_exchange_backward", exchange_backward);
 }
 TORCH_LIBRARY_IMPL(glam, Autograd, m) {
+  m.impl("ordered_all_reduce", not_differentiable());
   m.impl("exchange_counts", not_differentiable());
   m.impl("exchange", exchange_autograd);
   m.impl("_exchange_backward", refuse_double_backward());
 }
 TORCH_LIBRARY_IMPL(glam, Meta, m) {
+  m.impl("ordered_all_reduce", ordered_sum_of_ranks_meta);
   m.impl("exchange_counts", counts_meta);
   m.impl("exchange", exchange_meta);
   m.impl("_exchange_backward", exchange_backward_meta);

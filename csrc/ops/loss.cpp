@@ -15,9 +15,9 @@
 #include <ATen/ops/exp.h>
 #include <ATen/ops/log.h>
 
+#include "distributed/collectives.h"
 #include "glam/ops.h"
 #include "ops/checks.h"
-#include "ops/collectives.h"
 
 namespace glam {
 namespace {

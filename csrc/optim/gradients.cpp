@@ -2,26 +2,39 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include "glam/ops.h"
 #include "glam/optim.h"
+#include "optim/group_sums.h"
 
 namespace glam::optim {
 
-GradientStatistics gradient_statistics(at::TensorList parameters) {
+GradientStatistics gradient_statistics(const NamedTensors& parameters, const Shards& shards) {
   TORCH_CHECK(!parameters.empty(), "glam::optim::gradient_statistics: expected at least one parameter, got none");
   const at::NoGradGuard no_grad;
-  const auto options = parameters[0].options().requires_grad(false);
-  at::Tensor squares = at::zeros({}, options.dtype(at::kDouble)), nonfinite = at::zeros({}, options.dtype(at::kBool));
-  for (const at::Tensor& parameter : parameters) {
+  const auto options = parameters[0].second.options().dtype(at::kDouble).requires_grad(false);
+  // By the groups that share a parameter: the squares' sum and whether one is not finite.
+  std::map<std::vector<std::string>, at::Tensor> parts;
+  for (const auto& [name, parameter] : parameters) {
     if (!parameter.grad().defined()) continue;
+    std::vector<std::string> groups;
+    if (const auto found = shards.find(name); found != shards.end()) {
+      for (const Shard& shard : found->second) groups.push_back(shard.group);
+    }
     const auto [sum, bad] = squared_norm(parameter.grad());
-    squares = squares + sum;
-    nonfinite = nonfinite.logical_or(bad);
+    const at::Tensor part = at::stack({sum, bad.to(at::kDouble)});
+    const auto [known, is_new] = parts.emplace(groups, part);
+    if (!is_new) known->second.add_(part);
   }
-  return {squares.sqrt(), nonfinite};
+  std::vector<GroupSum> sums;
+  for (const auto& [groups, part] : parts) sums.push_back({part, groups});
+  sum_over_groups(sums);
+  at::Tensor total = at::zeros({2}, options);
+  for (const auto& [groups, part] : parts) total = total + part;
+  return {total[0].sqrt(), total[1] != 0};
 }
 
 void clip_gradients_(at::TensorList parameters, const at::Tensor& norm, double max_norm) {

@@ -11,6 +11,7 @@
 #include "glam/build_info.h"
 #include "glam/checkpoint.h"
 #include "glam/config.h"
+#include "glam/distributed.h"
 #include "glam/export.h"
 #include "glam/generate.h"
 #include "glam/load.h"
@@ -167,10 +168,15 @@ void bind_model(py::module_& m) {
   };
   using Counters = std::tuple<int64_t, int64_t, int64_t>;
   py::class_<GLaMImpl, std::shared_ptr<GLaMImpl>>(m, "GLaM")
-      .def(py::init([](const std::string& config, std::optional<int64_t> seed, const std::string& device) {
-             return std::make_shared<GLaMImpl>(glam::GLaMConfig::from_json(config), seed, torch::Device(device));
+      .def(py::init([](const std::string& config, std::optional<int64_t> seed, const std::string& device,
+                       const std::string& expert_group, int64_t exchange_chunks) {
+             return std::make_shared<GLaMImpl>(glam::GLaMConfig::from_json(config), seed, torch::Device(device),
+                                               glam::nn::ExpertParallel{expert_group, exchange_chunks});
            }),
-           py::arg("config"), py::arg("seed"), py::arg("device"))
+           py::arg("config"), py::arg("seed"), py::arg("device"), py::arg("expert_group") = "",
+           py::arg("exchange_chunks") = 1)
+      .def("local_experts",
+           [](const GLaMImpl& model) { return std::pair(model.first_local_expert(), model.num_local_experts()); })
       .def("config", [](const GLaMImpl& model) { return model.config().to_json(); })
       .def("named_parameters",
            [](const GLaMImpl& model) {
@@ -202,6 +208,20 @@ void bind_model(py::module_& m) {
         return glam::load_model(folder, hashes ? glam::Verify::kHashes : glam::Verify::kSizes).ptr();
       },
       py::arg("folder"), py::arg("hashes") = true, release_gil());
+}
+
+void bind_distributed(py::module_& m) {
+  using glam::distributed::GradientReducer;
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  py::class_<GradientReducer>(m, "GradientReducer")
+      .def(py::init([](const std::vector<std::pair<at::Tensor, std::string>>& parameters, int64_t bucket_bytes) {
+             std::vector<glam::distributed::ReducedParameter> reduced;
+             for (const auto& [parameter, group] : parameters) reduced.push_back({parameter, group});
+             return std::make_unique<GradientReducer>(reduced, bucket_bytes);
+           }),
+           py::arg("parameters"), py::arg("bucket_bytes") = GradientReducer::kBucketBytes)
+      .def("start", &GradientReducer::start)
+      .def("finish", &GradientReducer::finish, release_gil());
 }
 
 void bind_deployment(py::module_& m) {
@@ -252,5 +272,6 @@ PYBIND11_MODULE(_C, m) {
   bind_config(m);
   bind_io(m);
   bind_model(m);
+  bind_distributed(m);
   bind_deployment(m);
 }

@@ -1,6 +1,6 @@
 """Text to batches: corpus -> tokenizer -> packed token folders -> batches. Needs neither the model nor the ops."""
 
-from glam_ext.data.batches import Batch, BatchSampler, epoch_order, sequential_batches
+from glam_ext.data.batches import Batch, BatchSampler, Whole, epoch_order, sequential_batches
 from glam_ext.data.corpus import Corpus, SourceRecord
 from glam_ext.data.errors import DataError
 from glam_ext.data.packing import Row, pack, unpack
@@ -21,6 +21,7 @@ __all__ = [
     "SourceRecord",
     "TokenFolder",
     "Tokenizer",
+    "Whole",
     "epoch_order",
     "pack",
     "sequential_batches",

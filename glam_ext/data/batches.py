@@ -29,6 +29,16 @@ class Batch(NamedTuple):
     segment_ids: torch.Tensor
 
 
+class Whole(NamedTuple):
+    """The batch of all ranks together, of which this rank has a share."""
+
+    num_rows: int
+    num_real: int
+    """Targets of non-zero weight."""
+    first_row: int
+    """Of this rank's share."""
+
+
 class BatchSampler:
     """The endless sequence of training batches, for one rank. `batch_size` is global: rows of all ranks together."""
 
@@ -53,12 +63,23 @@ class BatchSampler:
         self.samples = 0
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def next_batch(self) -> Batch:
-        """This rank's part of the next batch, [batch_size / world_size, S]; moves the counter on by batch_size."""
+    def next_share(self) -> tuple[Batch, Whole]:
+        """This rank's part of the next batch, [batch_size / world_size, S], and what it is a part of.
+
+        Every rank reads the segment ids of the whole batch, so that all know its number of real targets and none has to
+        ask. Moves the counter on by batch_size.
+        """
         share = self.batch_size // self.world_size
-        indices = self._rows_of(self.samples + self.rank * share, share)
+        indices = self._rows_of(self.samples, self.batch_size)
+        first = self.rank * share
+        batch = _batch(self.data.rows(indices[first : first + share]))
+        num_real = int(np.count_nonzero(self.data.segment_ids[indices]))
         self.samples += self.batch_size
-        return _batch(self.data.rows(indices))
+        return batch, Whole(self.batch_size, num_real, first)
+
+    def next_batch(self) -> Batch:
+        """`next_share` without the rest."""
+        return self.next_share()[0]
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from glam_ext.data import TokenFolder, sequential_batches
+from glam_ext.distributed import Mesh
 from glam_ext.model import GLaM
 
 
@@ -56,18 +57,24 @@ class HeldOutLoss:
 
 
 def evaluate(
-    model: GLaM, data: TokenFolder, batch_size: int, stop: Callable[[], bool] | None = None
+    model: GLaM,
+    data: TokenFolder,
+    batch_size: int,
+    stop: Callable[[], bool] | None = None,
+    mesh: Mesh | None = None,
 ) -> HeldOutLoss | None:
     """Every row of `data` once, in batches of `batch_size` rows; the model's mode is as before afterwards.
 
-    `stop` is asked between batches; None is returned when it says so. Raises ValueError if the folder has ids that the
-    model does not know.
+    The ranks of a mesh share each batch and all get the result. `stop` is asked between batches and must say the same
+    on every rank; None is returned when it says so. Raises ValueError if the folder has ids that the model does not
+    know.
     """
     if data.manifest.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{data.folder}: has {data.manifest.vocab_size:,} token ids, the model knows {model.config.vocab_size:,}; "
             "prepare the text with the model's tokenizer"
         )
+    mesh = mesh or Mesh()
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     was_training = model.training
@@ -76,7 +83,7 @@ def evaluate(
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
-            for batch in sequential_batches(data, batch_size):
+            for batch in sequential_batches(data, batch_size, mesh.rank, mesh.world_size):
                 if stop is not None and stop():
                     return None
                 inputs, targets, weights, segment_ids = (tensor.to(device) for tensor in batch)
@@ -86,6 +93,8 @@ def evaluate(
                 tokens += real.sum()
     finally:
         model.train(was_training)
+    mesh.sum_(nats)
+    mesh.sum_(tokens)
     if int(tokens) != data.manifest.num_targets:
         raise RuntimeError(
             f"{data.folder}: expected {data.manifest.num_targets} targets as its manifest says, predicted {int(tokens)}"

@@ -38,10 +38,21 @@ class DataSection:
 
     train: str
     heldout: str = ""  # "": no evaluation
-    batch_size: int  # rows of one step
-    micro_batch_size: int = 0  # rows of one forward and backward; 0: the whole batch at once
+    batch_size: int  # rows of one step, of all processes together
+    micro_batch_size: int = 0  # rows of one forward and backward of a process; 0: its whole share of the batch at once
     shuffle: bool = True
     verify: bool = True  # compare the files with their hashes at start; reads every byte once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """[parallel]: how the processes that torchrun starts share the work. Each trains on its own rows; the result is
+    that of one process."""
+
+    expert: int = 1  # processes over which the experts of a layer are spread; the rest of them are copies (data)
+    exchange_chunks: int = 1  # parts of a process's experts: one is computed while the rows of others travel
+    bucket_megabytes: int = 8  # gradients travel in buckets of this size
+    timeout_seconds: int = 600  # a transfer that a process does not join in this time is an error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,11 +113,13 @@ class TrainingConfig:
     loss: LossSection = dataclasses.field(default_factory=LossSection)
     checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
+    parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
 
     def __post_init__(self) -> None:
         _check_run(self.run)
         _check_batches(self.data)
         _check_schedule(self.schedule, self.run.steps)
+        _check_parallel(self.parallel, self.model)
         _require(self.optimizer.clip_norm >= 0, "optimizer.clip_norm", "at least 0 (0: off)", self.optimizer.clip_norm)
         _choose("loss.denominator", self.loss.denominator, ("tokens", "positions"))
         for key, value in (
@@ -121,19 +134,32 @@ class TrainingConfig:
     def run_folder(self) -> Path:
         return Path(self.run.folder, self.run.name)
 
-    @property
-    def micro_batch_size(self) -> int:
-        return self.data.micro_batch_size or self.data.batch_size
+    def micro_batch_size(self, world_size: int = 1) -> int:
+        """Rows of one forward and backward pass of each of the `world_size` processes."""
+        return self.data.micro_batch_size or self.data.batch_size // world_size
 
-    @property
-    def num_micro_batches(self) -> int:
-        return self.data.batch_size // self.micro_batch_size
+    def evaluation_batch_size(self, world_size: int = 1) -> int:
+        """Rows of one forward pass of all processes together."""
+        return self.evaluation.batch_size or self.micro_batch_size(world_size) * world_size
 
-    @property
-    def evaluation_batch_size(self) -> int:
-        return self.evaluation.batch_size or self.micro_batch_size
+    def check_world(self, world_size: int) -> None:
+        """What can only be known with the processes at hand: they share batches and experts evenly."""
+        for key, rows in (
+            ("data.batch_size", self.data.batch_size),
+            ("evaluation.batch_size", self.evaluation.batch_size),
+        ):
+            _require(rows % world_size == 0, key, f"a multiple of the {world_size} processes", rows)
+        share, micro = self.data.batch_size // world_size, self.micro_batch_size(world_size)
+        _require(
+            share % micro == 0,
+            "data.micro_batch_size",
+            f"a divisor of each process's share of data.batch_size, {share}",
+            micro,
+        )
+        expert = self.parallel.expert
+        _require(world_size % expert == 0, "parallel.expert", f"a divisor of the {world_size} processes", expert)
 
-    def check_data(self, folder: str, vocab_size: int, sequence_length: int) -> None:
+    def check_data(self, folder: str, vocab_size: int, sequence_length: int, world_size: int = 1) -> None:
         """What can only be known with a token folder at hand: ids fit the model, routing groups fit the batches."""
         if vocab_size > self.model.vocab_size:
             raise ConfigError(
@@ -144,13 +170,14 @@ class TrainingConfig:
         if self.model.num_moe_layers == 0 or group_size <= 0:
             return
         for key, rows in (
-            ("data.micro_batch_size", self.micro_batch_size),
-            ("evaluation.batch_size", self.evaluation_batch_size),
+            ("data.micro_batch_size", self.micro_batch_size(world_size)),
+            ("evaluation.batch_size", self.evaluation_batch_size(world_size) // world_size),
         ):
             if rows * sequence_length % group_size:
                 raise ConfigError(
                     f"model.group_size: expected a divisor of {key} * sequence length = {rows} * {sequence_length}, "
-                    f"got {group_size}; a routing group cannot cross a micro-batch: use 0 (one sequence) or a divisor"
+                    f"got {group_size}; a routing group cannot cross a process or a micro-batch: use 0 (one sequence) "
+                    "or a divisor"
                 )
 
 
@@ -174,6 +201,27 @@ def _check_batches(data: DataSection) -> None:
             f"a divisor of data.batch_size = {data.batch_size}",
             data.micro_batch_size,
         )
+
+
+def _check_parallel(parallel: ParallelSection, model: GLaMConfig) -> None:
+    _require(parallel.expert >= 1, "parallel.expert", "at least 1", parallel.expert)
+    _require(parallel.exchange_chunks >= 1, "parallel.exchange_chunks", "at least 1", parallel.exchange_chunks)
+    _require(parallel.bucket_megabytes >= 1, "parallel.bucket_megabytes", "at least 1", parallel.bucket_megabytes)
+    _require(parallel.timeout_seconds >= 1, "parallel.timeout_seconds", "at least 1", parallel.timeout_seconds)
+    if parallel.expert == 1:
+        return
+    _require(
+        model.num_moe_layers > 0 and model.num_experts % parallel.expert == 0,
+        "parallel.expert",
+        f"a divisor of model.num_experts = {model.num_experts}",
+        parallel.expert,
+    )
+    _require(
+        model.num_experts // parallel.expert % parallel.exchange_chunks == 0,
+        "parallel.exchange_chunks",
+        f"a divisor of the {model.num_experts // parallel.expert} experts of a process",
+        parallel.exchange_chunks,
+    )
 
 
 def _check_schedule(schedule: ScheduleSection, steps: int) -> None:

@@ -8,6 +8,9 @@
 A step's data and random numbers depend on (seed, counters) alone and the counters are in the checkpoint, with
 weights, optimiser state and the sums of an unfinished log line. So the same configuration, started again, goes on from
 the newest good checkpoint to the same bits as if it had never stopped, with any number of threads.
+
+Under torchrun every process builds the same TrainingRun and does its share ([parallel]); checkpoints know nothing of
+the layout, so a run may go on with other processes, to the same numbers within rounding. The first rank writes the log.
 """
 
 from __future__ import annotations
@@ -15,15 +18,24 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glam_ext.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, step_folders, step_of
+from glam_ext.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Piece,
+    load_checkpoint,
+    save_checkpoint,
+    step_folders,
+    step_of,
+)
 from glam_ext.counts import count_parameters, flops_per_token
 from glam_ext.data import BatchSampler, DataError, TokenFolder
+from glam_ext.distributed import GradientReducer, init_mesh
 from glam_ext.evaluation.heldout import HeldOutLoss, evaluate
 from glam_ext.model import GLaM
 from glam_ext.training.config import ConfigError, TrainingConfig
@@ -37,7 +49,7 @@ from glam_ext.training.metrics import (
 )
 from glam_ext.training.optimizers import make_updater
 from glam_ext.training.signals import EXIT_INTERRUPTED, StopSignals
-from glam_ext.training.step import accumulate_gradients, count_tokens
+from glam_ext.training.step import accumulate_gradients
 from glam_ext.training.toml_files import differences, load_config, to_toml
 
 # A forward pass multiplies once per weight, the backward pass twice.
@@ -47,27 +59,45 @@ RESUMABLE_MODEL_FIELDS = ("recompute",)
 
 
 class TrainingRun:
-    """Everything a run needs, built by the constructor; `resume` and `train` do the work.
+    """Everything a run needs, built by the constructor; `resume` and `train` do the work, `close` leaves the processes.
 
-    Raises ConfigError and DataError for what cannot work, CheckpointError where a checkpoint cannot be used or saved.
+    Raises ConfigError and DataError for what cannot work, CheckpointError where a checkpoint cannot be used or saved,
+    LostRankError where another process is gone.
     """
 
     def __init__(self, config: TrainingConfig, log: Callable[[str], None] = print) -> None:
-        self.config, self.log = config, log
+        self.config = config
+        try:
+            self.mesh = init_mesh(config.parallel.expert, config.parallel.timeout_seconds)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        mesh = self.mesh
+        config.check_world(mesh.world_size)
+        self.log = log if mesh.is_first else _no_log
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)  # nothing here draws from it; what a user adds may
         self.data = TokenFolder(config.data.train, verify=config.data.verify)
         self.heldout = TokenFolder(config.data.heldout, verify=config.data.verify) if config.data.heldout else None
         self._check_data()
-        self.model = GLaM(config.model, seed=config.run.seed)
-        self.updater = make_updater(config, self.model)
-        self.sampler = BatchSampler(self.data, config.data.batch_size, config.run.seed, config.data.shuffle)
+        expert_group = mesh.group_name("expert")
+        self.model = GLaM(
+            config.model,
+            seed=config.run.seed,
+            expert_group=expert_group,
+            exchange_chunks=config.parallel.exchange_chunks if expert_group else 1,
+        )
+        self._experts = self.model.expert_parameters()
+        self.reducer = GradientReducer.of_model(self.model, mesh, config.parallel.bucket_megabytes << 20)
+        self.updater = make_updater(config, self.model, expert_group)
+        self.sampler = BatchSampler(
+            self.data, config.data.batch_size, config.run.seed, config.data.shuffle, mesh.rank, mesh.world_size
+        )
         self.window = MetricWindow(config.model.num_moe_layers, config.model.num_experts)
         self.step = 0
         self.tokens = 0
         self.folder = config.run_folder
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", mesh)
         self.tensorboard: TensorBoard | None = None
         self.last_evaluation: HeldOutLoss | None = None
         self._saved_step: int | None = None
@@ -75,14 +105,19 @@ class TrainingRun:
         self._gemm_rate = math.nan
         self._busy_seconds = self._busy_tokens = self._busy_steps = 0.0  # since the last line, in this process
 
+    def close(self) -> None:
+        """After the last call, by all processes together."""
+        self.mesh.close()
+
     # --- the run folder
 
     def resume(self) -> bool:
         """Continues from the run's newest good checkpoint, or the one that was named; False if there is none yet."""
-        path = self._checkpoint_to_resume()
-        if path is not None:
-            self._restore(load_checkpoint(path))
-        self._open_folder()
+        with self.mesh.naming_lost_ranks():
+            path = self._checkpoint_to_resume()
+            if path is not None:
+                self._restore(load_checkpoint(path, part=self._part_of, ranks=self.mesh))
+            self._open_folder()
         return path is not None
 
     def save(self) -> None:
@@ -95,13 +130,36 @@ class TrainingRun:
             self.folder / "checkpoints",
             self.step,
             self.config.model,
-            self.model.state_dict(),
-            self.updater.state_tensors(),
+            self._pieces(self.model.state_dict()),
+            self._pieces(self.updater.state_tensors()),
             self._trainer_state(),
             self.config.checkpoint.keep,
+            self.mesh,
         )
         self._saved_step = self.step
         self.log(f"saved {folder} ({time.perf_counter() - start:.1f} s)")
+
+    # --- what of the whole model is here: of tensors that belong to an expert weight, those of the local experts
+
+    def _is_split(self, name: str, shape: Sequence[int], experts: int) -> bool:
+        """Whether a weight, or an entry of an optimiser's state, has `experts` parts along its first dimension."""
+        owner = name if name in self._experts else name.rpartition(".")[0]
+        return owner in self._experts and len(shape) > 0 and shape[0] == experts
+
+    def _pieces(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | Piece]:
+        here, every = self.model.local_experts, self.config.model.num_experts
+        if len(here) == every:
+            return dict(tensors)
+        return {
+            name: Piece(tensor, (every, *tensor.shape[1:]), (here.start, *(0 for _ in tensor.shape[1:])))
+            if self._is_split(name, tensor.shape, len(here))
+            else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def _part_of(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        here, every = self.model.local_experts, self.config.model.num_experts
+        return (slice(here.start, here.stop),) if self._is_split(name, shape, every) else ()
 
     def _trainer_state(self) -> dict[str, Any]:
         return {
@@ -151,6 +209,19 @@ class TrainingRun:
         self.log(f"resumed {path}: step {self.step}, {self.tokens:,} tokens")
 
     def _checkpoint_to_resume(self) -> Path | None:
+        """The first rank looks, and all do as it says."""
+        found: Path | ConfigError | None = None
+        if self.mesh.is_first:
+            try:
+                found = self._look_for_checkpoint()
+            except ConfigError as error:
+                found = error
+        found = self.mesh.all_gather(found)[0]
+        if isinstance(found, ConfigError):
+            raise found
+        return found
+
+    def _look_for_checkpoint(self) -> Path | None:
         root = self.folder / "checkpoints"
         complete = [folder for folder in step_folders(root) if (folder / "COMPLETE").exists()] if root.is_dir() else []
         named = self.config.checkpoint.resume_from
@@ -169,6 +240,15 @@ class TrainingRun:
 
     def _open_folder(self) -> None:
         """Writes config.toml and takes back what was logged about steps that are still to come."""
+        if self.mesh.is_first:
+            self._write_config()
+        self.metrics.truncate(self.step)
+        if self.config.run.tensorboard and self.mesh.is_first:
+            self.tensorboard = TensorBoard(self.folder / "tb")
+            self.tensorboard.resume_after(self.step)
+        self._folder_is_open = True
+
+    def _write_config(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.toml"
         if file.exists():
@@ -176,11 +256,6 @@ class TrainingRun:
         hidden = file.with_name(".tmp-config.toml")
         hidden.write_text(to_toml(self.config), encoding="utf-8")
         hidden.replace(file)
-        self.metrics.truncate(self.step)
-        if self.config.run.tensorboard:
-            self.tensorboard = TensorBoard(self.folder / "tb")
-            self.tensorboard.resume_after(self.step)
-        self._folder_is_open = True
 
     def _log_changes(self, file: Path) -> None:
         try:
@@ -193,7 +268,9 @@ class TrainingRun:
         for folder in (self.data, self.heldout):
             if folder is not None:
                 manifest = folder.manifest
-                self.config.check_data(str(folder.folder), manifest.vocab_size, manifest.sequence_length)
+                self.config.check_data(
+                    str(folder.folder), manifest.vocab_size, manifest.sequence_length, self.mesh.world_size
+                )
         if self.heldout is not None and self.heldout.manifest.tokenizer_hash != self.data.manifest.tokenizer_hash:
             raise DataError(
                 f"{self.heldout.folder}: was made with another tokenizer than {self.data.folder}; prepare them together"
@@ -211,22 +288,24 @@ class TrainingRun:
         self._gemm_rate = dense_gemm_rate(getattr(torch, self.config.model.compute_dtype))
         self.log(self._description())
         self.model.train()
-        with StopSignals() as stop:
-            finished = self._train_until(stop)
+        # In this order: torchrun sends SIGTERM to all when one is gone, and who is to say which must not die of it.
+        with StopSignals() as stop, self.mesh.naming_lost_ranks():
+            finished = self._train_until(lambda: self.mesh.any(stop.requested))
             self.save()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if not finished:
-            self.log(f"stopped by {stop.name} after step {self.step}; the same command goes on from here")
+            cause = stop.name or "a signal to another process"
+            self.log(f"stopped by {cause} after step {self.step}; the same command goes on from here")
         return 0 if finished else EXIT_INTERRUPTED
 
-    def _train_until(self, stop: StopSignals) -> bool:
+    def _train_until(self, stop: Callable[[], bool]) -> bool:
         """True when the last step and its evaluation are done, False when stopped before."""
         # The run may have been stopped in the evaluation that was due after its last step.
         if self._evaluation_is_due() and not self._evaluate(stop):
             return False
         while self.step < self.config.run.steps:
-            if stop.requested:
+            if stop():
                 return False
             self._train_step()
             if self.step % self.config.run.log_interval == 0 or self.step == self.config.run.steps:
@@ -240,22 +319,23 @@ class TrainingRun:
 
     def _train_step(self) -> None:
         start = time.perf_counter()
-        batch = self.sampler.next_batch()
-        num_tokens = count_tokens(batch)
+        batch, whole = self.sampler.next_share()
         sums = accumulate_gradients(
             self.model,
             batch,
-            self.config.micro_batch_size,
+            self.config.micro_batch_size(self.mesh.world_size),
+            whole=whole,
+            reducer=self.reducer,
             denominator=self.config.loss.denominator,
             seed=self.config.run.seed,
             step=self.step,
         )
         grad_norm = self.updater.update(self.step)
         self.step += 1
-        self.tokens += num_tokens
-        self.window.add(sums, num_tokens, grad_norm)
+        self.tokens += whole.num_real
+        self.window.add(sums.over_ranks(self.mesh), whole.num_real, grad_norm)
         self._busy_seconds += time.perf_counter() - start
-        self._busy_tokens += num_tokens
+        self._busy_tokens += whole.num_real
         self._busy_steps += 1
 
     def _log_window(self) -> None:
@@ -277,7 +357,7 @@ class TrainingRun:
             "skipped_updates": self.updater.skipped,
             "tokens_per_second": rate,
             "model_flops_per_second": flops_per_second,
-            "utilisation_of_dense_gemm": flops_per_second / self._gemm_rate,
+            "utilisation_of_dense_gemm": flops_per_second / (self._gemm_rate * self.mesh.world_size),
             "eta_seconds": (self.config.run.steps - self.step) * seconds / self._busy_steps,
         }
         self._write(record)
@@ -291,11 +371,12 @@ class TrainingRun:
         interval = self.config.evaluation.interval
         return self.step == self.config.run.steps or (interval > 0 and self.step % interval == 0)
 
-    def _evaluate(self, stop: StopSignals) -> bool:
+    def _evaluate(self, stop: Callable[[], bool]) -> bool:
         """False if it was stopped; the evaluation is then done again when the run is resumed."""
         assert self.heldout is not None
         start = time.perf_counter()
-        loss = evaluate(self.model, self.heldout, self.config.evaluation_batch_size, lambda: stop.requested)
+        batch_size = self.config.evaluation_batch_size(self.mesh.world_size)
+        loss = evaluate(self.model, self.heldout, batch_size, stop, self.mesh)
         if loss is None:
             return False
         self.last_evaluation = loss
@@ -318,12 +399,24 @@ class TrainingRun:
         count = count_parameters(self.config.model)
         manifest, data = self.data.manifest, self.config.data
         steps_left = self.config.run.steps - self.step
+        micro_batch_size = self.config.micro_batch_size(self.mesh.world_size)
         return (
             f"{count.total:,} parameters, {count.active:,} active per token; {manifest.num_targets:,} training tokens "
             f"in {manifest.num_rows:,} rows of {manifest.sequence_length}; {steps_left} steps of {data.batch_size} "
-            f"rows in micro-batches of {self.config.micro_batch_size}; {torch.get_num_threads()} threads; dense GEMM "
+            f"rows in micro-batches of {micro_batch_size}; {self._layout()}; dense GEMM "
             f"{self._gemm_rate / 1e9:.0f} GFLOP/s in {self.config.model.compute_dtype}"
         )
+
+    def _layout(self) -> str:
+        threads = f"{torch.get_num_threads()} threads"
+        if self.mesh.world_size == 1:
+            return threads
+        data, expert = self.mesh.axis_size("data"), self.mesh.axis_size("expert")
+        return f"{self.mesh.world_size} processes ({data} data x {expert} expert) of {threads}"
+
+
+def _no_log(_: str) -> None:
+    pass
 
 
 def _encode(state: torch.Tensor) -> str:

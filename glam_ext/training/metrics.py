@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glam_ext.distributed import ONE_PROCESS, Ranks
 from glam_ext.training.step import StepSums
 
 STATISTICS_AFTER_EXPERTS = ("dropped_first", "dropped_second", "with_0", "with_1", "with_2", "real")
@@ -104,10 +105,13 @@ def router_balance(statistics: Tensor) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """metrics.jsonl. After `truncate(step)` it says nothing about later steps, so a resumed run repeats none."""
+    """metrics.jsonl. After `truncate(step)` it says nothing about later steps, so a resumed run repeats none.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    The first rank writes the file; the others know as well what is in it.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks = ONE_PROCESS) -> None:
+        self.path, self._ranks = path, ranks
         self._written: set[tuple[str, int]] = set()
 
     def has(self, kind: str, step: int) -> bool:
@@ -116,8 +120,11 @@ class MetricsFile:
 
     def truncate(self, step: int) -> None:
         """Drops lines of steps after `step`, and the half line that a kill may have left at the end."""
-        if not self.path.exists():
-            return
+        if self._ranks.rank == 0 and self.path.exists():
+            self._truncate(step)
+        self._written = self._ranks.all_gather(self._written)[0]
+
+    def _truncate(self, step: int) -> None:
         lines = ((line, _identity(line)) for line in self.path.read_bytes().splitlines(keepends=True))
         kept = []
         for line, identity in lines:
@@ -131,14 +138,16 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line. What JSON cannot say (NaN, infinity) is written as null."""
+        self._written.add((record["kind"], record["step"]))
+        if self._ranks.rank != 0:
+            return
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._written.add((record["kind"], record["step"]))
 
     def sync(self) -> None:
         """Puts every line on the disk; called before a checkpoint that says these steps are done."""
-        if self.path.exists():
+        if self._ranks.rank == 0 and self.path.exists():
             _sync(self.path)
 
 

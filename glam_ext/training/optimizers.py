@@ -7,6 +7,9 @@ decided on the device; the host is not asked and does not wait. How, depends on 
     torch.optim, fused      takes the flag as `found_inf`, the door through which torch's GradScaler does the same
     torch.optim, otherwise  steps on a zero gradient, and weights and state are then put back where the flag is set
 
+Where experts are spread over ranks, the norm and Adafactor's means are those of the whole model. The optimisers of
+torch.optim that can be used here work element by element and need to know nothing of it.
+
 An optimiser of torch.optim makes its state in its first update, so until one has been applied the host does look.
 GLaM's schedule with Adafactor follows the count of applied updates on the device, every other rate the attempted steps.
 """
@@ -24,6 +27,7 @@ from torch import Tensor
 from glam_ext.model import GLaM
 from glam_ext.optim import (
     Adafactor,
+    Shard,
     clip_gradients_,
     cosine_schedule,
     glam_schedule,
@@ -45,10 +49,14 @@ class Updater:
 
     name: str
 
-    def __init__(self, config: TrainingConfig, model: GLaM) -> None:
+    def __init__(self, config: TrainingConfig, model: GLaM, expert_group: str) -> None:
         self._schedule, self._total_steps = config.schedule, config.run.steps
         self._clip_norm = config.optimizer.clip_norm
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._shards: dict[Tensor, list[Shard]] = {}
+        if expert_group:
+            whole = Shard(-3, model.config.num_experts, expert_group)
+            self._shards = {parameter: [whole] for parameter in model.expert_parameters().values()}
         device = next(iter(self._parameters.values())).device
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -71,9 +79,10 @@ class Updater:
         return int(self._skipped)
 
     def update(self, step: int) -> Tensor:
-        """Applies the gradients and clears them; returns their global norm before clipping, float64 []."""
+        """Applies the gradients and clears them; returns their global norm before clipping, float64 []: that of the
+        whole model, whatever part of it is here."""
         parameters = list(self._parameters.values())
-        norm, nonfinite = gradient_statistics(parameters)
+        norm, nonfinite = gradient_statistics(parameters, self._shards)
         self._skipped += nonfinite
         if self._clip_norm > 0:
             clip_gradients_(parameters, norm, self._clip_norm)
@@ -99,8 +108,8 @@ class AdafactorUpdater(Updater):
 
     name = "adafactor"
 
-    def __init__(self, config: TrainingConfig, model: GLaM) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainingConfig, model: GLaM, expert_group: str) -> None:
+        super().__init__(config, model, expert_group)
         options = _checked_options("adafactor", Adafactor, config.optimizer.options)
         schedule = config.schedule
         self._follows_count = schedule.kind == "glam"
@@ -110,7 +119,7 @@ class AdafactorUpdater(Updater):
                 glam_schedule, multiplier=schedule.multiplier, constant_steps=schedule.constant_steps
             )
         try:
-            self._optimizer = Adafactor(self._parameters.values(), rate, **options)
+            self._optimizer = Adafactor(self._parameters.values(), rate, shards=self._shards, **options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"[optimizer] {error}") from error
 
@@ -134,8 +143,8 @@ class AdafactorUpdater(Updater):
 class TorchUpdater(Updater):
     """Updates by a class of torch.optim."""
 
-    def __init__(self, config: TrainingConfig, model: GLaM) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainingConfig, model: GLaM, expert_group: str) -> None:
+        super().__init__(config, model, expert_group)
         self.name = config.optimizer.name.lower()
         kind = _torch_optimizer(config.optimizer.name)
         options = _checked_options(self.name, kind, config.optimizer.options)
@@ -194,11 +203,14 @@ class TorchUpdater(Updater):
         self._skipped.fill_(skipped)
 
 
-def make_updater(config: TrainingConfig, model: GLaM) -> Updater:
-    """The updater of the configuration's optimizer; ConfigError names what it does not know or take."""
+def make_updater(config: TrainingConfig, model: GLaM, expert_group: str = "") -> Updater:
+    """The updater of the configuration's optimizer; ConfigError names what it does not know or take.
+
+    expert_group: the process group over which the model's experts are spread.
+    """
     if config.optimizer.name.lower() == "adafactor":
-        return AdafactorUpdater(config, model)
-    return TorchUpdater(config, model)
+        return AdafactorUpdater(config, model, expert_group)
+    return TorchUpdater(config, model, expert_group)
 
 
 def _torch_optimizer(name: str) -> type[torch.optim.Optimizer]:

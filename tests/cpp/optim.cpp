@@ -39,7 +39,7 @@ int main() {
     matrix.mutable_grad() = pattern({6, 9}, 3 + step);
     vector.mutable_grad() = pattern({5}, 4 + step);
     if (step == 2) matrix.mutable_grad()[1][2] = INFINITY;
-    const auto statistics = glam::optim::gradient_statistics({matrix, vector});
+    const auto statistics = glam::optim::gradient_statistics({{"matrix", matrix}, {"vector", vector}});
     print("norm", statistics.norm);
     glam::optim::clip_gradients_({matrix, vector}, statistics.norm, 2.);
     optimizer.step(std::nullopt, statistics.nonfinite);

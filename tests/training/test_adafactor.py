@@ -317,7 +317,7 @@ def _sharded_rank(rank: int, folder: str) -> None:
     for case, (shape, dim) in enumerate(SHARDED):
         whole = parameter(*shape)
         part = whole.detach().chunk(2, dim)[rank].clone().requires_grad_()
-        shard = optim.Shard(dim, shape[dim], dist.group.WORLD)
+        shard = optim.Shard(dim, shape[dim], dist.group.WORLD.group_name)
         optimizer = optim.Adafactor([part], min_factored=4, shards={part: [shard]})
         for step in range(3):
             part.grad = gradient(whole, step).chunk(2, dim)[rank].clone()

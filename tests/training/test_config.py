@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_defaults_are_the_papers(file):
     assert config.model == GLaMConfig.preset("tiny")
     assert (config.optimizer.name, config.optimizer.clip_norm, config.schedule.kind) == ("adafactor", 0.0, "glam")
     assert (config.schedule.multiplier, config.schedule.constant_steps) == (1.0, 10_000)
-    assert (config.micro_batch_size, config.num_micro_batches, config.evaluation_batch_size) == (4, 1, 4)
+    assert (config.micro_batch_size(), config.evaluation_batch_size()) == (4, 4)
     assert config.run_folder == Path("runs/a")
 
 
@@ -111,6 +112,8 @@ def test_overrides_are_read_by_the_type_of_their_field(file):
         ("--run.steps=0", r"run.steps: expected at least 1, got 0"),
         ("--run.name=a/b", r"run.name: expected the name of a folder, without slashes, got 'a/b'"),
         ("--run.seed=-1", r"run.seed: expected in \[0, 2\^63\), got -1"),
+        ("--parallel.expert=3", r"parallel.expert: expected a divisor of model.num_experts = 4, got 3"),
+        ("--parallel.expert=0", r"parallel.expert: expected at least 1, got 0"),
         ("--data.micro_batch_size=3", r"data.micro_batch_size: expected a divisor of data.batch_size = 4, got 3"),
         ("--schedule.learning_rate=0.1", r'schedule.learning_rate: has no meaning for the kind "glam"; remove it'),
         ("--schedule.kind=linear", r'schedule.kind: expected one of "glam", "constant", "cosine", "inverse_sqrt"'),
@@ -176,3 +179,18 @@ def test_a_routing_group_cannot_cross_a_micro_batch(file):
     config = load_config(file, ["--model.group_size=64", "--evaluation.batch_size=2"])
     with pytest.raises(ConfigError, match=r"evaluation.batch_size \* sequence length = 2 \* 16, got 64"):
         config.check_data("there", 512, 16)
+
+
+def test_processes_share_batches_and_experts_evenly(file: Path) -> None:
+    config = load_config(file, ["--parallel.expert=2", "--data.micro_batch_size=2"])
+    config.check_world(2)
+    assert (config.micro_batch_size(2), config.evaluation_batch_size(2)) == (2, 4)
+    for world_size, text in (
+        (3, "data.batch_size: expected a multiple of the 3 processes, got 4"),
+        (4, "data.micro_batch_size: expected a divisor of each process's share of data.batch_size, 1, got 2"),
+        (1, "parallel.expert: expected a divisor of the 1 processes, got 2"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            config.check_world(world_size)
+    with pytest.raises(ConfigError, match=r"exchange_chunks: expected a divisor of the 2 experts of a process, got 3"):
+        load_config(file, ["--parallel.expert=2", "--parallel.exchange_chunks=3"])

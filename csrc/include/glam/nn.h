@@ -30,6 +30,14 @@ struct Randomness {
   int64_t first_token = 0;  // index of the first token of this call in the global batch
 };
 
+// Experts spread over the ranks of a process group: rank p of P holds experts [p E / P, (p + 1) E / P) of every MoE layer,
+// and wi, wo and wg have E / P of them. The group is named, as torch.distributed or c10d::register_process_group
+// registered it; "" is one process with all experts. All ranks of the group must make every call.
+struct ExpertParallel {
+  std::string group;
+  int64_t chunks = 1;  // of a rank's experts: one is computed while others travel (exchange_mlp)
+};
+
 // Sums over the tokens of one call. The trainer divides by the global number of real tokens.
 struct Loss {
   Tensor loss_sum;           // [], float32: weighted negative log-likelihood with z-loss
@@ -81,7 +89,7 @@ struct MoEOutput {
 };
 
 struct MoEImpl : torch::nn::Module {
-  MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device);
+  MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device, const ExpertParallel& parallel);
   // token_mask: bool [B * S], true for real tokens. training: its capacity, its policy for second choices, jitter.
   MoEOutput forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
                     const Randomness& random);
@@ -90,7 +98,14 @@ struct MoEImpl : torch::nn::Module {
  private:
   Tensor router_logits(const Tensor& h_TD, bool training, const Randomness& random) const;
   std::optional<Tensor> noise(const Tensor& z_TE, bool training, const Randomness& random) const;
+  // moe_mlp with the experts of all ranks of the group.
+  Tensor exchanged_experts(const Tensor& h_TD, const Tensor& gates, const Tensor& expert_ids, const Tensor& positions,
+                           int64_t group_size, int64_t slots) const;
+  Tensor expert_place(const Tensor& expert_ids) const;
+  std::optional<Tensor> gate_weight() const;
   GLaMConfig config_;
+  ExpertParallel parallel_;
+  int64_t num_ranks_;
   int64_t layer_;
 };
 TORCH_MODULE(MoE);
@@ -101,7 +116,7 @@ struct BlockOutput {
 };
 
 struct BlockImpl : torch::nn::Module {
-  BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device);
+  BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device, const ExpertParallel& parallel);
   BlockOutput forward(const Tensor& x_BSD, const std::optional<Tensor>& segment_ids,
                       const std::optional<Tensor>& token_mask, bool training, const Randomness& random);
   Tensor step(const Tensor& x_BND, Tensor k_cache, Tensor v_cache, const Tensor& positions, const Tensor& token_mask);
@@ -121,10 +136,16 @@ class GLaMImpl : public torch::nn::Module {
  public:
   // Initialised from (seed, parameter name, expert id) alone, so that every layout and language starts from the same
   // numbers; on the meta device nothing is allocated. Throws std::invalid_argument for an impossible configuration.
-  // Without a seed the values are left for the caller to fill.
-  explicit GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed = 0, torch::Device device = torch::kCPU);
+  // Without a seed the values are left for the caller to fill. Throws c10::Error where E is no multiple of the ranks, or
+  // a rank's experts none of the chunks.
+  explicit GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed = 0, torch::Device device = torch::kCPU,
+                    const ExpertParallel& parallel = {});
 
   const GLaMConfig& config() const { return config_; }
+  const ExpertParallel& parallel() const { return parallel_; }
+  // Of each MoE layer: the experts whose weights are here, [first, first + count).
+  int64_t first_local_expert() const { return first_local_expert_; }
+  int64_t num_local_experts() const { return num_local_experts_; }
 
   // tokens int64 [B, S]; segment_ids int32 [B, S], 0 = padding. -> logits float32 [B, S, V].
   Tensor forward(const Tensor& tokens, const std::optional<Tensor>& segment_ids = std::nullopt,
@@ -151,7 +172,11 @@ class GLaMImpl : public torch::nn::Module {
   Tensor output_logits(const Tensor& h) const;
   Hidden hidden_states(const Tensor& tokens, const std::optional<Tensor>& segment_ids, const Randomness& random);
 
+  void check_equal_batches(const Tensor& tokens) const;
+
   GLaMConfig config_;
+  ExpertParallel parallel_;
+  int64_t first_local_expert_ = 0, num_local_experts_ = 0;
   Embedding embedding_{nullptr};
   torch::nn::ModuleList layers_{nullptr};
   Norm final_norm_{nullptr};

@@ -70,6 +70,10 @@ at::Tensor exchange_counts(const at::Tensor& offsets, std::string_view group);
 at::Tensor exchange(const at::Tensor& rows, at::IntArrayRef out_splits, at::IntArrayRef in_splits,
                     std::string_view group);
 
+// The sum of a floating tensor over the ranks of a group, added in rank order: the same bits on every rank. Not
+// differentiable; for small tensors, every rank receives those of all.
+at::Tensor ordered_all_reduce(const at::Tensor& x, std::string_view group);
+
 // --- Products and feed-forward networks: weights are rounded to x's dtype where they enter a product ----------------------
 
 // y [..., D_out] = x [..., D_in] weight [D_in, D_out], in x's dtype; linear_wide leaves it in float32 (or float64).
@@ -87,6 +91,16 @@ at::Tensor expert_mlp(const at::Tensor& rows, const at::Tensor& offsets, const a
 at::Tensor moe_mlp(const at::Tensor& x, const at::Tensor& gates, const at::Tensor& row_of_choice,
                    const at::Tensor& choice_of_row, const at::Tensor& offsets, const at::Tensor& wi,
                    const at::Tensor& wo, const std::optional<at::Tensor>& wg, std::string_view activation);
+
+// exchange, expert_mlp and exchange back in one op, in `chunks` parts whose transfers and products overlap. The group has
+// P ranks, each with E experts, E / chunks of them in a chunk. rows [R, D] in order (chunk, receiving rank, expert);
+// offsets int32 [P * E + 1] of the received rows' segments in order (chunk, sending rank, expert); out_splits and
+// in_splits [chunks * P] in order (chunk, rank), empty: R / (chunks * P) rows to and from each rank. Returns [R, D]; rows
+// after the first sum(in_splits) give 0. wi, wg [E, D, F], wo [E, F, D]: those of this rank.
+at::Tensor exchange_mlp(const at::Tensor& rows, const at::Tensor& offsets, at::IntArrayRef out_splits,
+                        at::IntArrayRef in_splits, const at::Tensor& wi, const at::Tensor& wo,
+                        const std::optional<at::Tensor>& wg, std::string_view activation, std::string_view group,
+                        int64_t chunks = 1);
 
 // y = (gelu(x w0) * (x w1)) wo, with the tanh GELU. x [..., D]; w0, w1 [D, F]; wo [F, D]. Source: arXiv 2002.05202.
 at::Tensor geglu_mlp(const at::Tensor& x, const at::Tensor& w0, const at::Tensor& w1, const at::Tensor& wo);

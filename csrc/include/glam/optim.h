@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -24,11 +25,21 @@ struct AdafactorOptions {
 // multiplier / sqrt(max(step, constant_steps)) of the 0-based step: float64, on the step's device.
 at::Tensor glam_schedule(const at::Tensor& step, double multiplier = 1., int64_t constant_steps = 10000);
 
+// A parameter holds a part of the whole along dimension `dim` (counted from the end: -1 is the last), whose size in the
+// whole is `size`; the ranks of the process group hold the others.
+struct Shard {
+  int64_t dim;
+  int64_t size;
+  std::string group;
+};
+using Shards = std::map<std::string, std::vector<Shard>>;  // by the parameter's name
+
 // Shazeer and Stern (arXiv 1804.04235) without momentum; the formulas are in csrc/ops/adafactor.cpp. Parameters are
-// float32 or float64; one that is listed twice (tied weights) is updated once, under its first name.
+// float32 or float64; one that is listed twice (tied weights) is updated once, under its first name. Of a parameter with
+// shards, means and root mean squares are those of the whole; the ranks of the groups must all step.
 class Adafactor {
  public:
-  explicit Adafactor(const NamedTensors& parameters, AdafactorOptions options = {});
+  explicit Adafactor(const NamedTensors& parameters, AdafactorOptions options = {}, const Shards& shards = {});
 
   // One update from the parameters' gradients, with the learning rate of glam_schedule or a scalar tensor of one's own.
   // A parameter without a gradient stays. Where skip [] bool is true nothing changes and the step is not counted.
@@ -47,6 +58,8 @@ class Adafactor {
     at::Tensor weight;
     at::Tensor row_var;  // the full variance if col_var is absent
     std::optional<at::Tensor> col_var;
+    std::vector<Shard> shards;
+    std::vector<int64_t> sizes;  // of the whole
   };
 
   AdafactorOptions options_;
@@ -59,8 +72,9 @@ struct GradientStatistics {
   at::Tensor nonfinite;  // bool []: a square is infinite or NaN in its dtype (float32 for bfloat16)
 };
 
-// Of the tensors' gradients; those without one are left out.
-GradientStatistics gradient_statistics(at::TensorList parameters);
+// Of the parameters' gradients; those without one are left out. With shards they are those of the whole parameters, each
+// counted once, and the same bits on every rank.
+GradientStatistics gradient_statistics(const NamedTensors& parameters, const Shards& shards = {});
 
 // Multiplies the gradients by min(1, max_norm / norm).
 void clip_gradients_(at::TensorList parameters, const at::Tensor& norm, double max_norm);

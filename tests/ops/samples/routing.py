@@ -1,4 +1,5 @@
-"""Samples of the ops that follow a routing plan: routing_plan, dispatch, combine, expert_mlp, moe_mlp, exchange.
+"""Samples of the ops that follow a routing plan: routing_plan, dispatch, combine, expert_mlp, moe_mlp, exchange,
+exchange_mlp.
 
 Ids and positions look as a gate could have made them, with every kind of dropped choice.
 """
@@ -6,6 +7,7 @@ Ids and positions look as a gate could have made them, with every kind of droppe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -271,3 +273,69 @@ def _exchange_samples(level: str, dtype: torch.dtype) -> list[Sample]:
 
 
 EXCHANGE = Op("exchange", lambda rows, out, into, group: (routing.exchange(rows, out, into),), _exchange_samples)
+
+
+# Experts behind an exchange, in one process: what is sent comes back, so it equals expert_mlp.
+
+
+def _splits(offsets: Sequence[int], experts: int, chunks: int) -> list[int]:
+    return [
+        int(offsets[end] - offsets[end - experts // chunks])
+        for end in range(experts // chunks, experts + 1, experts // chunks)
+    ]
+
+
+def _exchange_mlp_samples(level: str, dtype: torch.dtype) -> list[Sample]:
+    def sample(
+        name: str, offsets: Sequence[int], rows: int, e: int, d: int, f: int, activation: str, chunks: int
+    ) -> Sample:
+        name = f"{name} {activation} chunks={chunks}"
+        weights = _expert_weights(name, e, d, f, activation, weight_dtype(dtype))
+        wants = (0, 4, 5, 6) if activation == "geglu" else (0, 4, 5)
+        bounds, splits = torch.tensor(offsets, dtype=torch.int32), _splits(offsets, e, chunks)
+        if level == "small" and rows == offsets[-1] and len(set(splits)) == 1:
+            splits = []
+        return Sample(
+            name, (randn(name, rows, d, dtype=dtype), bounds, splits, splits, *weights, activation, "", chunks), wants
+        )
+
+    if level == "small":
+        return [
+            *(sample("four experts", [0, 3, 3, 8, 9], 11, 4, 5, 3, activation, 2) for activation in ACTIVATIONS),
+            sample("equal", [0, 2, 4, 6, 8], 8, 4, 3, 5, "relu", 4),
+            sample("one chunk", [0, 2, 5], 6, 2, 3, 5, "relu", 1),
+        ]
+    if level == "tiles":
+        return [
+            sample("tiles", [0, 3, 8, 15, 32], 34, 4, 31, 17, "relu", 2),
+            sample("tiles", [0, 16, 33, 33, 49], 49, 4, 15, 33, "geglu", 4),
+        ]
+    if level == "edges":
+        return [
+            sample("no row", [0, 0, 0], 0, 2, 5, 3, "relu", 2),
+            sample("no row sent", [0, 0, 0], 4, 2, 5, 3, "geglu", 2),
+            sample("all to one", [0, 0, 9, 9, 9], 9, 4, 3, 2, "gelu", 2),
+        ]
+    return [sample("large", [0, 150, 420, 421, 700], 720, 4, 96, 130, "relu", 2)]
+
+
+def _exchange_mlp_reference(*args: Any) -> Tensor:
+    rows, offsets, _, _, wi, wo, wg, activation, _, _ = args
+    return routing.expert_mlp(rows, offsets, wi, wo, wg, activation)
+
+
+def _exchange_mlp_alone(args: Args, i: int) -> Args:
+    rows, offsets, _, _, *weights, activation, group, chunks = args
+    alone = torch.tensor([min(max(int(offset) - i, 0), 1) for offset in offsets], dtype=torch.int32)
+    splits = _splits(alone.tolist(), len(offsets) - 1, chunks)
+    return (rows[i : i + 1], alone, splits, splits, *weights, activation, group, chunks)
+
+
+EXCHANGE_MLP = Op(
+    "exchange_mlp",
+    one_output(_exchange_mlp_reference),
+    _exchange_mlp_samples,
+    weights=(4, 5, 6),
+    alone=_exchange_mlp_alone,
+    row=first_dim_row,
+)

@@ -1,0 +1,67 @@
+"""Experts behind an exchange, in one process, where they equal expert_mlp. Many processes are in tests/distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from . import levels, samples
+
+
+class TestExchangeMlp(levels.OpTests):
+    op = samples.EXCHANGE_MLP
+
+
+BASE = samples.EXCHANGE_MLP.find("small", torch.float32, "four experts geglu chunks=2")
+
+
+def test_chunks_give_the_bits_of_one() -> None:
+    rows, offsets, _, _, *weights, activation, group, _ = BASE.args
+    parts = torch.ops.glam.exchange_mlp(*BASE.args)
+    assert torch.equal(parts, torch.ops.glam.expert_mlp(rows, offsets, *weights, activation))
+    whole = torch.ops.glam.exchange_mlp(rows, offsets, [9], [9], *weights, activation, group, 1)
+    assert torch.equal(parts, whole)
+
+
+def test_one_weight_alone_gets_its_gradient() -> None:
+    """The others are frozen; the gradient is that of all together."""
+    rows, offsets, out_splits, in_splits, *weights, activation, group, chunks = BASE.args
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+    y = torch.ops.glam.exchange_mlp(rows, offsets, out_splits, in_splits, *leaves, activation, group, chunks)
+    y.square().sum().backward()
+    for index, leaf in enumerate(leaves):
+        mixed = [weight.clone().requires_grad_(i == index) for i, weight in enumerate(weights)]
+        y = torch.ops.glam.exchange_mlp(rows, offsets, out_splits, in_splits, *mixed, activation, group, chunks)
+        y.square().sum().backward()
+        assert mixed[index].grad is not None
+        assert torch.equal(mixed[index].grad, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({0: torch.zeros(11)}, "rows"),
+        ({1: torch.zeros(9, dtype=torch.int32)}, "offsets"),
+        ({2: [9]}, "splits"),
+        ({2: [9, 9, 9], 3: [9, 9, 9]}, "splits"),
+        ({2: [-1, 9], 3: [-1, 9]}, "splits"),
+        ({2: [3, 9], 3: [3, 9]}, "splits"),
+        ({2: [], 3: []}, "rows"),
+        ({4: torch.zeros(4, 5, 4)}, "wo"),
+        ({7: "swish"}, "activation"),
+        ({9: 3}, "chunks"),
+        ({9: 0}, "chunks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)),
+)
+def test_bad_input(changes: dict[int, Any], text: str) -> None:
+    levels.assert_refused(samples.EXCHANGE_MLP, BASE, changes, text)
+
+
+def test_offsets_that_do_not_begin_with_the_chunk_are_refused() -> None:
+    args = list(BASE.args)
+    args[1:4] = [torch.tensor([0, 3, 3, 7, 9], dtype=torch.int32), [4, 5], [4, 5]]
+    with pytest.raises(RuntimeError, match=r"expected offsets to ascend from 0"):
+        torch.ops.glam.exchange_mlp(*args)
