@@ -126,12 +126,47 @@ def split_vocabulary(rank: int) -> None:
     torch.testing.assert_close(e2.grad, e.grad[half], rtol=1e-12, atol=1e-12)
 
 
+def ordered_all_reduce(rank: int) -> None:
+    """Numbers whose sum depends on its order: every rank adds rank 0's first, on a strided tensor too."""
+    parts = [torch.tensor([[1e8, 1.0], [3.0, -1e-8]]) * (1 - 3 * source) for source in range(WORLD)]
+    expected = parts[0] + parts[1]
+    assert torch.equal(torch.ops.glam.ordered_all_reduce(parts[rank], group()), expected)
+    assert torch.equal(torch.ops.glam.ordered_all_reduce(parts[rank].t(), group()), expected.t())
+
+
+def gradient_reducer(rank: int) -> None:
+    """Sums of both ranks after the last backward pass; before it nothing travels and gradients accumulate."""
+    from glam_ext.distributed import GradientReducer
+
+    shapes = [(40, 30), (7,), (5, 3), (2,)]
+    for bucket_bytes in (64, 4096, 1 << 20):
+        parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
+        unused, alone = torch.ones(3, requires_grad=True), torch.ones(4, requires_grad=True)
+        names = [*((p, group()) for p in parameters), (unused, group()), (alone, "")]
+        reducer = GradientReducer(names, bucket_bytes)
+        for index in range(2):
+            if index == 1:
+                reducer.start()
+            sum(((p * (rank + 1 + index)).sum() for p in [*parameters, alone]), torch.zeros(())).backward()
+        reducer.finish()
+        for parameter in parameters:  # (1 + 2) of rank 0, (2 + 3) of rank 1
+            assert torch.equal(parameter.grad, torch.full_like(parameter, 8.0))
+        assert torch.equal(unused.grad, torch.zeros(3))
+        assert torch.equal(alone.grad, torch.full((4,), 3.0 + 2 * rank))
+        with pytest.raises(RuntimeError, match="expected a start before the backward pass"):
+            reducer.finish()
+    with pytest.raises(RuntimeError, match="expected parameters to be leaves that require grad"):
+        GradientReducer([(torch.ones(2, requires_grad=True) * 2, group())])
+
+
 CHECKS: list[Callable[[int], None]] = [
     exchange_counts,
     exchange_uneven,
     exchange_equal_and_empty,
     expert_parallel_layer,
     split_vocabulary,
+    ordered_all_reduce,
+    gradient_reducer,
 ]
 
 
