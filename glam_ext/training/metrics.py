@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glam_ext.checkpoint.files import fsync
 from glam_ext.distributed import ONE_PROCESS, Ranks
 from glam_ext.training.step import StepSums
 
@@ -133,7 +133,7 @@ class MetricsFile:
                 self._written.add(identity)
         hidden = self.path.with_name(f".tmp-{self.path.name}")
         hidden.write_bytes(b"".join(kept))
-        _sync(hidden)
+        fsync(hidden)
         hidden.replace(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -148,7 +148,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Puts every line on the disk; called before a checkpoint that says these steps are done."""
         if self._ranks.rank == 0 and self.path.exists():
-            _sync(self.path)
+            fsync(self.path)
 
 
 def _identity(line: bytes) -> tuple[str, int] | None:
@@ -158,14 +158,6 @@ def _identity(line: bytes) -> tuple[str, int] | None:
         return (str(record["kind"]), int(record["step"])) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class TensorBoard:
