@@ -200,14 +200,15 @@ def test_several_ranks_that_cannot_write(tmp_path, monkeypatch):
 
 
 def test_a_full_disk(small_disk):
-    """The kernel's own word, on whichever ranks it hits."""
+    """The kernel's own word, on whichever ranks it hits; where it hits all of them alike, none is named."""
     root = small_disk / "checkpoints"
     save_layout(root, 1, FOUR, STATE)
 
     def grow(rank, model, optimizer):
         optimizer["big"] = Piece(torch.zeros(100_000), (400_000,), (100_000 * rank,))
 
-    assert_all_raise(save_changed(root, grow), r"^rank \d: .*step-000002: .*No space left on device; make room")
+    message = r"^(rank \d: )?\S.*step-000002: .*No space left on device; make room"
+    assert_all_raise(save_changed(root, grow), message)
     assert_only_step_1_is_left(root)
     save_layout(root, 2, FOUR, STATE, keep=1)
     assert names(root) == ["step-000002"]
