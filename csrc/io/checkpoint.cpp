@@ -17,23 +17,18 @@
 #include <optional>
 #include <set>
 
+#include "io/checkpoint_format.h"
 #include "io/safetensors.h"
 #include "io/strict_json.h"
 
 namespace glam {
 namespace {
 
+using namespace checkpoint_format;
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-constexpr const char* kFormat = "glam-checkpoint";
-constexpr int64_t kVersion = 1;
-constexpr const char* kMarker = "COMPLETE";
-constexpr const char* kManifest = "manifest.json";
-constexpr const char* kConfig = "config.json";
-constexpr const char* kTrainer = "trainer.json";
 constexpr std::string_view kStepPrefix = "step-";
-constexpr std::string_view kTensorSuffix = ".safetensors";
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& what) {
   throw CheckpointError(path.string() + ": " + what);

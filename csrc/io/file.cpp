@@ -1,6 +1,8 @@
 #include "io/file.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -22,6 +24,35 @@ FileDescriptor::FileDescriptor(const std::filesystem::path& file, int flags)
 }
 
 FileDescriptor::~FileDescriptor() { ::close(descriptor_); }
+
+MappedFile::MappedFile(const std::filesystem::path& file) {
+  const FileDescriptor descriptor(file, O_RDONLY | O_CLOEXEC);
+  struct stat status{};
+  if (::fstat(descriptor.get(), &status) != 0) fail_io(file, "stat", errno);
+  if (!S_ISREG(status.st_mode)) {
+    throw CheckpointError(file.string() + ": expected a regular file; check the path");
+  }
+  size_ = static_cast<size_t>(status.st_size);
+  if (size_ == 0) return;
+  // A rank maps whole files to read its part: without MAP_NORESERVE a file larger than the memory could be refused.
+  constexpr int kFlags = MAP_PRIVATE | MAP_NORESERVE;
+  void* mapped = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, kFlags, descriptor.get(), 0);
+  if (mapped == MAP_FAILED) fail_io(file, "mmap", errno);
+  data_ = static_cast<char*>(mapped);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(data_, size_);
+}
+
+std::filesystem::path parent_of(const std::filesystem::path& path) {
+  return path.has_parent_path() ? path.parent_path() : ".";
+}
+
+void sync_folder(const std::filesystem::path& folder) {
+  const FileDescriptor descriptor(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (::fsync(descriptor.get()) != 0) fail_io(folder, "fsync", errno);
+}
 
 FileInTheMaking::FileInTheMaking(const std::filesystem::path& file)
     : file_(file),
@@ -46,10 +77,7 @@ void FileInTheMaking::finish() {
   if (::fsync(descriptor_.get()) != 0) fail_io(file_, "fsync", errno);
   if (::rename(partial_.c_str(), file_.c_str()) != 0) fail_io(file_, "rename", errno);
   finished_ = true;
-  // The new name survives a power cut only once its folder is on the disk.
-  const std::filesystem::path folder = file_.has_parent_path() ? file_.parent_path() : ".";
-  const FileDescriptor descriptor(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (::fsync(descriptor.get()) != 0) fail_io(folder, "fsync", errno);
+  sync_folder(parent_of(file_));
 }
 
 }  // namespace glam

@@ -21,6 +21,28 @@ class FileDescriptor {
   int descriptor_;
 };
 
+// Private and writable: what is made of it may be changed, and the file stays as it is.
+class MappedFile {
+ public:
+  // Throws CheckpointError.
+  explicit MappedFile(const std::filesystem::path& file);
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile();
+  char* data() const { return data_; }  // null in an empty file
+  size_t size() const { return size_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// The folder that holds `path`: "." for a plain name.
+std::filesystem::path parent_of(const std::filesystem::path& path);
+
+// A new name survives a power cut only once its folder is on the disk. Throws CheckpointError.
+void sync_folder(const std::filesystem::path& folder);
+
 // Written beside its final name and renamed once it is on disk: a failure leaves what was there before.
 class FileInTheMaking {
  public:

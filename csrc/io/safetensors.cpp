@@ -7,14 +7,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -57,33 +53,6 @@ constexpr std::array<DtypeName, 10> kDtypes = {{{"F64", at::kDouble},
   throw CheckpointError(file.string() + ": not a whole safetensors file: " + what +
                         "; copy the file again from its source or use another checkpoint");
 }
-
-// Private and writable: a tensor made from it may be changed, and the file stays as it is.
-class MappedFile {
- public:
-  explicit MappedFile(const std::filesystem::path& file) {
-    const FileDescriptor descriptor(file, O_RDONLY | O_CLOEXEC);
-    struct stat status{};
-    if (::fstat(descriptor.get(), &status) != 0) fail_io(file, "stat", errno);
-    if (!S_ISREG(status.st_mode)) refuse(file, "it is not a regular file");
-    size_ = static_cast<size_t>(status.st_size);
-    if (size_ < kLengthBytes) refuse(file, "it has " + std::to_string(size_) + " bytes");
-    // A rank maps whole files to read its part: without MAP_NORESERVE a file larger than the memory could be refused.
-    constexpr int kFlags = MAP_PRIVATE | MAP_NORESERVE;
-    void* mapped = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, kFlags, descriptor.get(), 0);
-    if (mapped == MAP_FAILED) fail_io(file, "mmap", errno);
-    data_ = static_cast<char*>(mapped);
-  }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile() { ::munmap(data_, size_); }
-  char* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 struct Entry {
   std::string name;
@@ -191,6 +160,7 @@ const char* safetensors_name(at::ScalarType dtype) {
 
 TensorMap read_safetensors(const std::filesystem::path& file, std::map<std::string, std::string>* metadata) {
   const auto mapping = std::make_shared<MappedFile>(file);
+  if (mapping->size() < kLengthBytes) refuse(file, "it has " + std::to_string(mapping->size()) + " bytes");
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, mapping->data(), kLengthBytes);
   if (header_bytes > kLargestHeader || header_bytes > mapping->size() - kLengthBytes) {

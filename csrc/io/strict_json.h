@@ -1,6 +1,6 @@
 // JSON text to value, refusing a key that occurs twice in one object (which nlohmann/json would silently merge).
 //
-// Throws std::invalid_argument; the caller adds what was being read. Private to csrc/io: nothing installed includes it.
+// Throws std::invalid_argument; the caller adds what was being read. Private to the core: nothing installed includes it.
 #pragma once
 
 #include <nlohmann/json.hpp>

@@ -90,6 +90,14 @@ Tensor GLaMImpl::output_logits(const Tensor& h) const {
   return config_.logit_cap > 0 ? torch::tanh(logits / config_.logit_cap) * config_.logit_cap : logits;
 }
 
+torch::OrderedDict<std::string, Tensor> GLaMImpl::expert_parameters() const {
+  torch::OrderedDict<std::string, Tensor> experts;
+  for (const auto& item : named_parameters()) {
+    if (item.value().dim() == 3) experts.insert(item.key(), item.value());
+  }
+  return experts;
+}
+
 // Capped routing sends equal splits. On a GPU nothing waits: the assertion is the device's.
 void GLaMImpl::check_equal_batches(const Tensor& tokens) const {
   const bool capped = config_.capacity(/*group_size=*/1, is_training()) >= 0;

@@ -11,6 +11,7 @@
 #include "glam/build_info.h"
 #include "glam/checkpoint.h"
 #include "glam/config.h"
+#include "glam/data.h"
 #include "glam/distributed.h"
 #include "glam/export.h"
 #include "glam/generate.h"
@@ -158,6 +159,16 @@ void bind_io(py::module_& m) {
       py::arg("folder"), py::arg("stem"), py::arg("hashes") = true);
 }
 
+void bind_data(py::module_& m) {
+  m.def(
+      "epoch_order",
+      [](uint64_t seed, int64_t epoch, int64_t num_rows) {
+        return at::tensor(glam::data::epoch_order(seed, epoch, num_rows), at::kLong);
+      },
+      py::arg("seed"), py::arg("epoch"), py::arg("num_rows"), py::call_guard<py::gil_scoped_release>(),
+      "int64 [num_rows].");
+}
+
 // The model tree. Python's glam_ext.GLaM adopts its parameters: a tensor handed out twice is the same Python object.
 void bind_model(py::module_& m) {
   using glam::nn::GLaMImpl;
@@ -271,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
   bind_build_info(m);
   bind_config(m);
   bind_io(m);
+  bind_data(m);
   bind_model(m);
   bind_distributed(m);
   bind_deployment(m);

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glam_ext import _C
 from glam_ext.data.errors import DataError
 from glam_ext.data.packing import Row
 from glam_ext.data.token_files import TokenFolder
@@ -144,20 +145,9 @@ def sequential_batches(data: TokenFolder, batch_size: int, rank: int = 0, world_
 def epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
     """A permutation of the rows that is a function of (seed, epoch) alone: the rows sorted by a hash of their index.
 
-    Written out (splitmix64) rather than taken from a random generator, whose stream another version may change.
+    splitmix64 (csrc/data/batch_sampler.cpp) rather than a random generator, whose stream another version may change.
     """
-    with np.errstate(over="ignore"):
-        seed_key = _mix(np.uint64(seed % 2**64))
-        key = _mix(seed_key + np.uint64(epoch))
-        return np.argsort(_mix(key + np.arange(num_rows, dtype=np.uint64)), kind="stable").astype(np.int64)
-
-
-def _mix(value: Any) -> Any:
-    """One output of splitmix64 for each state; uint64, a number or an array."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    return _C.epoch_order(seed % 2**64, epoch, num_rows).numpy()
 
 
 def _batch(rows: Row) -> Batch:

@@ -146,6 +146,8 @@ class GLaMImpl : public torch::nn::Module {
   // Of each MoE layer: the experts whose weights are here, [first, first + count).
   int64_t first_local_expert() const { return first_local_expert_; }
   int64_t num_local_experts() const { return num_local_experts_; }
+  // The weights of experts by name, [local experts, ...]; all other parameters are whole on every rank.
+  torch::OrderedDict<std::string, Tensor> expert_parameters() const;
 
   // tokens int64 [B, S]; segment_ids int32 [B, S], 0 = padding. -> logits float32 [B, S, V].
   Tensor forward(const Tensor& tokens, const std::optional<Tensor>& segment_ids = std::nullopt,
