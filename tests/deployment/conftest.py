@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import glam_ext
 from glam_ext.checkpoint import save_checkpoint
 from glam_ext.config import GLaMConfig
 from glam_ext.data import Corpus, Tokenizer
 from glam_ext.export import export_torchscript
 from glam_ext.model import GLaM
+from tests.examples import Program, build_example
 
-ROOT = Path(__file__).parents[2]
 CONFIG = GLaMConfig.preset("tiny", vocab_size=520)
 
 
@@ -68,36 +63,11 @@ def deployed(model: GLaM, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPat
     return Deployed(model, run, checkpoint, archive, run / "tokenizer.model", tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The built examples/deploy_cpp, run with nothing of Python in its environment."""
-
-    path: Path
-    has_sentencepiece: bool
-
-    def __call__(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [str(self.path), *map(str, arguments)]
-        clean = {"PATH": "/nowhere", **environment}
-        return subprocess.run(command, capture_output=True, text=True, env=clean, cwd="/", timeout=120)
-
-
-def succeed(*command: object, **options: object) -> str:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)  # type: ignore[call-overload]
-    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
+@pytest.fixture(scope="session")
+def deploy(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return build_example("deploy_cpp", "deploy", tmp_path_factory.mktemp("deploy") / "build")
 
 
 @pytest.fixture(scope="session")
-def deploy(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """Built outside the tree, with the package's CMake files and no other help."""
-    build = tmp_path_factory.mktemp("deploy") / "build"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PATH": path}
-    settings = [f"-DCMAKE_PREFIX_PATH={glam_ext.cmake_prefix_path}"]
-    if shutil.which("ccache"):
-        settings.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
-    source = ROOT / "examples" / "deploy_cpp"
-    succeed("cmake", "-G", "Ninja", "-S", source, "-B", build, *settings, env=environment)
-    succeed("cmake", "--build", build, "--parallel", "2", env=environment)
-    cache = (build / "CMakeCache.txt").read_text()
-    return Program(build / "deploy", bool(re.search(r"^SENTENCEPIECE_FOUND:INTERNAL=1$", cache, re.MULTILINE)))
+def has_sentencepiece(deploy: Program) -> bool:
+    return bool(re.search(r"^SENTENCEPIECE_FOUND:INTERNAL=1$", deploy.cmake_cache, re.MULTILINE))
