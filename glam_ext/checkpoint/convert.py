@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from glam_ext._files import fsync
 from glam_ext.checkpoint import files
 from glam_ext.checkpoint.errors import CheckpointError
 from glam_ext.checkpoint.folder import STEMS, TRAINER, VerifiedFolder, tensor_file_name
@@ -50,7 +51,7 @@ def convert_checkpoint(source: VerifiedFolder, out: str | os.PathLike[str], num_
                 facts = {name: box for (of_stem, name), box in boxes.items() if of_stem == stem}
                 records = {name: _record(tensors[stem, name], box) for name, box in facts.items()}
                 write_tensor_file(file, records, file_metadata(facts))
-                files.fsync(file)
+                fsync(file)
                 entries.append(files.entry_of(file))
         files.publish(temporary, final, entries, _trainer_text(source))
     return final
@@ -79,10 +80,10 @@ def convert_to_dcp(source: VerifiedFolder, out: str | os.PathLike[str]) -> Path:
         if trainer_text is not None:
             files.write_text(temporary / TRAINER, trainer_text)
         for file in temporary.iterdir():
-            files.fsync(file)
-        files.fsync(temporary)
+            fsync(file)
+        fsync(temporary)
         os.rename(temporary, final)
-        files.fsync(final.parent)
+        fsync(final.parent)
     return final
 
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from glam_ext._files import fsync
 from glam_ext.checkpoint.errors import CheckpointError
 from glam_ext.checkpoint.folder import (
     CONFIG,
@@ -82,14 +83,6 @@ def make_durable_folder(folder: Path) -> None:
     make_durable_folder(folder.absolute().parent)
     folder.mkdir(exist_ok=True)
     fsync(folder.absolute().parent)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def delete(folder: Path) -> None:

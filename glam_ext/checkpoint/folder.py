@@ -8,6 +8,7 @@ SHA-256 when asked), and config.json is a valid configuration. Files it does not
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glam_ext.checkpoint.errors import CheckpointError, together
+from glam_ext.checkpoint.errors import CheckpointError, first_only, together
 from glam_ext.checkpoint.shards import balance
 from glam_ext.config import GLaMConfig
 from glam_ext.distributed.ranks import ONE_PROCESS, Ranks
@@ -130,8 +131,10 @@ def find_checkpoint(path: str | os.PathLike[str], hashes: bool = True, *, ranks:
             if is_named:
                 raise
             refused.append(str(error))
-            if ranks.rank == 0:
-                warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
+            message = f"skipping a checkpoint: {error}"
+            # Where the user made warnings errors, this is one, and then on every rank.
+            warn = first_only(ranks, functools.partial(warnings.warn, message, stacklevel=4))
+            together(ranks, warn, _cannot_read(folder))
     root = search_root(folder)
     if not refused:
         raise CheckpointError(f"{root}: has no checkpoint (no folder called step-000123); check the path")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from glam_ext._files import fsync
 from glam_ext.checkpoint import files
 from glam_ext.checkpoint.errors import CheckpointError, first_only, together
 from glam_ext.checkpoint.folder import (
@@ -186,7 +187,7 @@ def _write_share(
         records = {name: _record(piece.tensor) for name, piece in pieces.items()}
         file = temporary / tensor_file_name(stem, ranks.rank, ranks.world_size)
         write_tensor_file(file, records, file_metadata(facts))
-        files.fsync(file)
+        fsync(file)
         entries.append(files.entry_of(file))
     return entries
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from glam_ext._files import fsync
 from glam_ext.data.errors import DataError
 
 
@@ -38,7 +39,7 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
             _replace(hidden, final)
         else:
             hidden.rename(final)
-        _sync(final.parent)
+        fsync(final.parent)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -59,16 +60,8 @@ def _replace(hidden: Path, final: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            fsync(Path(root) / name)
+        fsync(Path(root))
 
 
 def _umask() -> int:

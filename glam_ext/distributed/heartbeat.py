@@ -7,6 +7,7 @@ The store belongs to torchrun's agent (or to rank 0 without it), so it outlives 
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -18,6 +19,8 @@ import torch.distributed as dist
 INTERVAL = 0.5
 # A rank that was killed cannot write; one that is busy still does, as the thread is not held up by computation.
 PATIENCE = 4 * INTERVAL
+# Every rank makes the meshes of a program in the same order.
+_numbers = itertools.count()
 
 
 class Heartbeat:
@@ -25,8 +28,8 @@ class Heartbeat:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self._store = _own_connection()
-        self._store.set(f"glam/rank/{rank}", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
+        self._store = dist.PrefixStore(f"glam/mesh/{next(_numbers)}", _own_connection())
+        self._store.set(f"rank/{rank}", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
         self._stopped = threading.Event()
         self._beat = 0
         self._write()
@@ -44,7 +47,7 @@ class Heartbeat:
             time.sleep(PATIENCE)
             after = self._beats()
             silent = [r for r in range(self._world_size) if r != self._rank and before[r] == after[r]]
-            names = [self._store.get(f"glam/rank/{rank}").decode() for rank in silent]
+            names = [self._store.get(f"rank/{rank}").decode() for rank in silent]
         except RuntimeError:  # torch's DistError too
             return "the store that all ranks share no longer answers"
         if not names:
@@ -60,10 +63,10 @@ class Heartbeat:
 
     def _write(self) -> None:
         self._beat += 1
-        self._store.set(f"glam/beat/{self._rank}", str(self._beat))
+        self._store.set(f"beat/{self._rank}", str(self._beat))
 
     def _beats(self) -> list[bytes]:
-        return [self._store.get(f"glam/beat/{rank}") for rank in range(self._world_size)]
+        return [self._store.get(f"beat/{rank}") for rank in range(self._world_size)]
 
 
 def _own_connection() -> dist.Store:

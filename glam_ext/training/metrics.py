@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glam_ext.checkpoint.files import fsync
+from glam_ext._files import fsync
 from glam_ext.distributed import ONE_PROCESS, Ranks
 from glam_ext.training.step import StepSums
 

@@ -318,6 +318,15 @@ def test_a_damaged_shard(tmp_path, file):
     assert_all_raise(find(folder), rf"^/.*{file}: missing")  # which every rank sees
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_made_an_error_is_one_on_every_rank(tmp_path):
+    save_layout(tmp_path, 1, FOUR, STATE)
+    flip_bit(save_layout(tmp_path, 2, FOUR, STATE) / "model-00002-of-00004.safetensors", -1)
+    first, *others = find(tmp_path)
+    assert isinstance(first, UserWarning)
+    assert_all_raise(others, "^rank 0: UserWarning: skipping a checkpoint")
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_folder_that_one_rank_finds_bad_is_bad_for_all(tmp_path, monkeypatch):
     save_layout(tmp_path, 1, FOUR, STATE)
