@@ -14,7 +14,7 @@
 
 #include "distributed/collectives.h"
 #include "glam/ops.h"
-#include "ops/common.h"
+#include "ops/route.h"
 
 namespace glam {
 namespace {
@@ -28,7 +28,6 @@ using CountsSignature = Tensor(const Tensor&, c10::string_view);
 using ExchangeSignature = Tensor(const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::string_view);
 using ExchangeBackwardSignature = Tensor(const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, SymInt,
                                          c10::string_view);
-using Splits = std::vector<SymInt>;
 
 const auto& exchange_op() {
   static const auto op = find_op<ExchangeSignature>(kExchange);
@@ -37,44 +36,6 @@ const auto& exchange_op() {
 const auto& exchange_backward_op() {
   static const auto op = find_op<ExchangeBackwardSignature>(kExchangeBackward);
   return op;
-}
-
-SymInt sum(c10::SymIntArrayRef splits) {
-  SymInt total = 0;
-  for (const SymInt& split : splits) total = total + split;
-  return total;
-}
-
-// Which rows travel: `sent` and `received`, one count per rank.
-struct Route {
-  Splits sent;
-  Splits received;
-};
-
-Route checked_route(const char* op, const SymInt& num_rows, c10::SymIntArrayRef out_splits,
-                    c10::SymIntArrayRef in_splits, c10::string_view group) {
-  const int64_t P = collectives::group_size(std::string(group));
-  if (out_splits.empty() && in_splits.empty()) {
-    TORCH_SYM_CHECK((num_rows % P).sym_eq(0), op, ": expected the number of rows to be a multiple of the ", P,
-                    " ranks when splits are empty, got ", num_rows);
-    return {Splits(P, num_rows / P), Splits(P, num_rows / P)};
-  }
-  TORCH_CHECK(static_cast<int64_t>(out_splits.size()) == P && static_cast<int64_t>(in_splits.size()) == P, op,
-              ": expected out_splits and in_splits to have one entry for each of the ", P, " ranks, got ",
-              out_splits.size(), " and ", in_splits.size());
-  for (const auto splits : {out_splits, in_splits}) {
-    for (const SymInt& split : splits) {
-      TORCH_SYM_CHECK(split.sym_ge(0), op, ": expected splits to be 0 or more, got ", split);
-    }
-  }
-  TORCH_SYM_CHECK(sum(in_splits).sym_le(num_rows), op, ": expected in_splits to add up to at most the ", num_rows,
-                  " rows, got ", sum(in_splits));
-  if (group.empty()) {
-    TORCH_SYM_CHECK(in_splits[0].sym_eq(out_splits[0]), op,
-                    ": expected out_splits to equal in_splits in a process alone, got ", out_splits[0], " and ",
-                    in_splits[0]);
-  }
-  return {in_splits.vec(), out_splits.vec()};
 }
 
 std::vector<int64_t> concrete(c10::SymIntArrayRef splits) { return C10_AS_INTARRAYREF_SLOW(splits).vec(); }
@@ -126,7 +87,7 @@ Tensor exchange_backward(const Tensor& grad, c10::SymIntArrayRef out_splits, c10
                          SymInt num_rows, c10::string_view group) {
   check_rows(kExchangeBackward, grad);
   const Route route = checked_route(kExchangeBackward, num_rows, out_splits, in_splits, group);
-  const Tensor returned = transfer(grad, {route.received, route.sent}, group);
+  const Tensor returned = transfer(grad, route.reversed(), group);
   const SymInt num_sent = sum(route.sent);
   if (num_sent == num_rows) return returned;
   auto sizes = grad.sym_sizes().vec();
@@ -199,6 +160,39 @@ Tensor ordered_sum_of_ranks_meta(const Tensor& x, c10::string_view) {
 }
 
 }  // namespace
+
+SymInt sum(c10::SymIntArrayRef splits) {
+  SymInt total = 0;
+  for (const SymInt& split : splits) total = total + split;
+  return total;
+}
+
+Route checked_route(const char* op, const SymInt& num_rows, c10::SymIntArrayRef out_splits,
+                    c10::SymIntArrayRef in_splits, c10::string_view group_name, int64_t chunks) {
+  const std::string group(group_name);
+  const int64_t P = collectives::group_size(group), parts = chunks * P;
+  if (out_splits.empty() && in_splits.empty()) {
+    TORCH_SYM_CHECK((num_rows % parts).sym_eq(0), op, ": expected the number of rows to be a multiple of the ", parts,
+                    " parts (", chunks, " chunks of ", P, " ranks) when splits are empty, got ", num_rows);
+    const Splits equal(static_cast<size_t>(parts), num_rows / parts);
+    return {.sent = equal, .received = equal};
+  }
+  TORCH_CHECK(static_cast<int64_t>(out_splits.size()) == parts && static_cast<int64_t>(in_splits.size()) == parts, op,
+              ": expected out_splits and in_splits to have one entry for each of the ", parts, " parts (", chunks,
+              " chunks of ", P, " ranks), got ", out_splits.size(), " and ", in_splits.size());
+  for (const auto splits : {out_splits, in_splits}) {
+    for (const SymInt& split : splits) {
+      TORCH_SYM_CHECK(split.sym_ge(0), op, ": expected splits to be 0 or more, got ", split);
+    }
+  }
+  TORCH_SYM_CHECK(sum(in_splits).sym_le(num_rows), op, ": expected in_splits to add up to at most the ", num_rows,
+                  " rows, got ", sum(in_splits));
+  for (auto own = static_cast<size_t>(collectives::group_rank(group)); own < in_splits.size(); own += P) {
+    TORCH_SYM_CHECK(in_splits[own].sym_eq(out_splits[own]), op, ": expected out_splits[", own, "] to equal in_splits[",
+                    own, "], the rows that this rank sends to itself, got ", out_splits[own], " and ", in_splits[own]);
+  }
+  return {.sent = in_splits.vec(), .received = out_splits.vec()};
+}
 
 Tensor exchange_counts(const Tensor& offsets, std::string_view group) {
   static const auto op = find_op<CountsSignature>(kCounts);

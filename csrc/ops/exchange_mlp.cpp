@@ -22,13 +22,13 @@
 #include "distributed/collectives.h"
 #include "glam/ops.h"
 #include "ops/checks.h"
+#include "ops/route.h"
 
 namespace glam {
 namespace {
 
 constexpr auto kOp = "glam::exchange_mlp";
 
-using Splits = std::vector<SymInt>;
 using Signature = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, const Tensor&,
                          const Tensor&, const OptionalTensor&, c10::string_view, c10::string_view, int64_t);
 using ForwardResult = std::tuple<Tensor, std::vector<Tensor>>;
@@ -56,40 +56,6 @@ const auto& backward_op() {
   return handle;
 }
 
-SymInt sum(c10::SymIntArrayRef splits) {
-  SymInt total = 0;
-  for (const SymInt& split : splits) total = total + split;
-  return total;
-}
-
-// Splits with one entry per chunk and rank, whether they were given or mean equal parts.
-struct Route {
-  Splits sent, received;
-
-  Route(const SymInt& num_rows, c10::SymIntArrayRef out_splits, c10::SymIntArrayRef in_splits, const std::string& group,
-        int64_t chunks) {
-    const int64_t parts = chunks * collectives::group_size(group);
-    if (out_splits.empty() && in_splits.empty()) {
-      TORCH_SYM_CHECK((num_rows % parts).sym_eq(0), kOp, ": expected the number of rows to be a multiple of the ",
-                      parts, " chunks times ranks when splits are empty, got ", num_rows);
-      sent = received = Splits(static_cast<size_t>(parts), num_rows / parts);
-      return;
-    }
-    TORCH_CHECK(static_cast<int64_t>(out_splits.size()) == parts && static_cast<int64_t>(in_splits.size()) == parts,
-                kOp, ": expected out_splits and in_splits to have one entry for each of the ", parts,
-                " chunks times ranks, got ", out_splits.size(), " and ", in_splits.size());
-    for (const auto splits : {out_splits, in_splits}) {
-      for (const SymInt& split : splits) {
-        TORCH_SYM_CHECK(split.sym_ge(0), kOp, ": expected splits to be 0 or more, got ", split);
-      }
-    }
-    TORCH_SYM_CHECK(sum(in_splits).sym_le(num_rows), kOp, ": expected in_splits to add up to at most the ", num_rows,
-                    " rows, got ", sum(in_splits));
-    sent = in_splits.vec();
-    received = out_splits.vec();
-  }
-};
-
 void check(const Tensor& rows, const Tensor& offsets, c10::SymIntArrayRef out_splits, c10::SymIntArrayRef in_splits,
            const Tensor& wi, const Tensor& wo, const OptionalTensor& wg, c10::string_view activation,
            c10::string_view group, int64_t chunks) {
@@ -99,7 +65,7 @@ void check(const Tensor& rows, const Tensor& offsets, c10::SymIntArrayRef out_sp
   TORCH_SYM_CHECK((E % chunks).sym_eq(0), kOp, ": expected chunks to divide the ", E, " experts, got ", chunks);
   TORCH_SYM_CHECK(offsets.sym_size(0).sym_eq(P * E + 1), kOp, ": expected offsets to be [P * E + 1] with P = ", P,
                   " ranks and E = ", E, " experts, got [", offsets.sym_size(0), "]");
-  const Route route(rows.sym_size(0), out_splits, in_splits, std::string(group), chunks);
+  checked_route(kOp, rows.sym_size(0), out_splits, in_splits, group, chunks);
 }
 
 // One chunk: which rows of the sent and of the received tensor, and which segments and experts.
@@ -192,7 +158,7 @@ ForwardResult forward(const Tensor& rows, const Tensor& offsets, c10::SymIntArra
                       c10::string_view activation, c10::string_view group_name, int64_t chunks) {
   static const auto experts = find_op<ExpertForward>("glam::_expert_mlp_forward");
   const std::string group(group_name);
-  const Schedule schedule(Route(rows.sym_size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
+  const Schedule schedule(checked_route(kOp, rows.size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
   const Tensor received = at::empty({schedule.num_received(), rows.size(1)}, rows.options());
   std::vector<Tensor> saved = {received};
   const Tensor out = through_experts(rows, received, schedule, group, [&](size_t, const Chunk& chunk) {
@@ -212,7 +178,7 @@ BackwardResult backward(const Tensor& grad, at::TensorList saved, const Tensor& 
                         c10::string_view activation, c10::string_view group_name, int64_t chunks) {
   static const auto experts = find_op<ExpertBackward>("glam::_expert_mlp_backward");
   const std::string group(group_name);
-  const Schedule schedule(Route(grad.sym_size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
+  const Schedule schedule(checked_route(kOp, grad.size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
   const Tensor& received = saved[0];
   const Tensor grad_results = at::empty(received.sizes(), received.options());
   std::vector<Tensor> grads_wi, grads_wo, grads_wg;
@@ -283,7 +249,7 @@ ForwardResult forward_meta(const Tensor& rows, const Tensor&, c10::SymIntArrayRe
                            c10::SymIntArrayRef in_splits, const Tensor& wi, const Tensor&, const OptionalTensor& wg,
                            c10::string_view, c10::string_view group_name, int64_t chunks) {
   const std::string group(group_name);
-  const Route route(rows.sym_size(0), out_splits, in_splits, group, chunks);
+  const Route route = checked_route(kOp, rows.sym_size(0), out_splits, in_splits, group, chunks);
   const auto P = static_cast<size_t>(collectives::group_size(group));
   const auto rows_of = [&](const SymInt& count, const SymInt& width) {
     return at::empty_symint({count, width}, rows.options());

@@ -1,5 +1,5 @@
-// What the gating, routing and exchange ops demand of their arguments, shared by Autograd, Meta and device kernels. Each
-// check raises `glam::op: expected ..., got ...`. Defined in ops/gating.cpp, ops/routing.cpp and ops/exchange.cpp.
+// What the gating and routing ops demand of their arguments, shared by Autograd, Meta and device kernels. Each check
+// raises `glam::op: expected ..., got ...`. Defined in ops/gating.cpp and ops/routing.cpp.
 #pragma once
 
 #include "ops/checks.h"

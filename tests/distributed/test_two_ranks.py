@@ -63,6 +63,20 @@ def exchange_equal_and_empty(rank: int) -> None:
         torch.ops.glam.exchange(torch.zeros(5, 2), [], [], group())
 
 
+def rows_sent_to_oneself(rank: int) -> None:
+    """Splits that disagree about them are refused before anything travels, in whichever chunk they are."""
+    rows = torch.zeros(8, 2)
+    glam = torch.ops.glam
+    text = rf"expected out_splits\[{rank}\] to equal in_splits\[{rank}\], the rows .* itself, got 1 and 2"
+    with pytest.raises(RuntimeError, match=f"glam::exchange: {text}"):
+        glam.exchange(rows, [1, 1], [2, 2], group())
+    weights = (torch.zeros(2, 2, 3), torch.zeros(2, 3, 2), None)
+    offsets = torch.tensor([0, 2, 4, 6, 7], dtype=torch.int32)
+    text = rf"expected out_splits\[{2 + rank}\] to equal in_splits\[{2 + rank}\]"
+    with pytest.raises(RuntimeError, match=f"glam::exchange_mlp: {text}"):
+        glam.exchange_mlp(rows, offsets, [2, 2, 1, 1], [2, 2, 2, 2], *weights, "relu", group(), 2)
+
+
 def expert_parallel_layer(rank: int) -> None:
     """Dispatch, exchange, experts, exchange, combine: outputs and gradients of the one-process layer."""
     glam = torch.ops.glam
@@ -163,6 +177,7 @@ CHECKS: list[Callable[[int], None]] = [
     exchange_counts,
     exchange_uneven,
     exchange_equal_and_empty,
+    rows_sent_to_oneself,
     expert_parallel_layer,
     split_vocabulary,
     ordered_all_reduce,

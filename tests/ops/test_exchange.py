@@ -38,7 +38,7 @@ BASE = samples.EXCHANGE.find("small", torch.float32, "R=6 D=5 [4]")
     ("changes", "text"),
     [
         ({0: torch.tensor(1.0)}, "rows"),
-        ({1: [3]}, "splits"),
+        ({1: [3]}, r"out_splits\[0\] to equal in_splits\[0\], the rows that this rank sends to itself, got 3 and 4"),
         ({1: [4, 0], 2: [4, 0]}, "splits"),
         ({1: [7], 2: [7]}, "splits"),
         ({1: [-1], 2: [-1]}, "splits"),

@@ -48,6 +48,7 @@ def test_one_weight_alone_gets_its_gradient() -> None:
         ({2: [9, 9, 9], 3: [9, 9, 9]}, "splits"),
         ({2: [-1, 9], 3: [-1, 9]}, "splits"),
         ({2: [3, 9], 3: [3, 9]}, "splits"),
+        ({2: [3, 5]}, r"out_splits\[1\] to equal in_splits\[1\], the rows that this rank sends to itself, got 5 and 6"),
         ({2: [], 3: []}, "rows"),
         ({4: torch.zeros(4, 5, 4)}, "wo"),
         ({7: "swish"}, "activation"),
