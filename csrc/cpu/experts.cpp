@@ -1,9 +1,9 @@
 // CPU kernels of the expert networks (ops/experts.cpp): four lists of products and two row-wise passes.
 //
-// Forward: pre = rows Wi, then out = act(pre) Wo with the activation applied while act(pre) is packed. Backward:
-// grad_hidden = dy Wo^T stays in the block that made it, where it gives the gate's gradient and grad_pre; the weight
-// gradients read activations and dispatched rows through the packing, so neither exists as a tensor. Rows are gathered
-// from tokens by choice_of_row; no [R, D] copy of x is made.
+// Forward: pre = rows Wi, then out = act(pre) Wo with the activation applied while act(pre) is packed. Backward, in three
+// steps: grad_hidden = dy Wo^T stays in the block that made it, where it gives the gate's gradient and grad_pre; then the
+// rows' gradient; then the weights', which read activations and dispatched rows through the packing, so neither exists as
+// a tensor. Rows are gathered from tokens by choice_of_row; no [R, D] copy of x is made.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -16,6 +16,7 @@
 #include "cpu/indices.h"
 #include "cpu/kernels/experts.h"
 #include "ops/checks.h"
+#include "ops/experts.h"
 
 namespace glam::cpu {
 namespace {
@@ -127,16 +128,25 @@ void zero_unused(const Tensor& values, int64_t used) {
   if (values.numel() > 0 && used < values.size(0)) values.narrow(0, used, values.size(0) - used).zero_();
 }
 
+// The pre-activations, or their gradients: [R, F] each, pre_gate empty unless geglu.
 struct Hidden {
   Tensor pre, pre_gate;
 };
+
+Hidden empty_hidden(int64_t R, int64_t F, bool geglu, const at::TensorOptions& options) {
+  return {at::empty({R, F}, options), geglu ? at::empty({R, F}, options) : at::empty({0}, options)};
+}
+
+void zero_unused(const Hidden& hidden, int64_t used) {
+  zero_unused(hidden.pre, used);
+  zero_unused(hidden.pre_gate, used);
+}
 
 template <class T>
 Hidden forward(const Operand& rows, const Tensor& like, const Segments& segments, const Weights& weights,
                Transform activation, const Tensor& out) {
   const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
-  Hidden hidden{at::empty({R, F}, like.options()), at::empty({weights.wg.defined() ? R : 0}, like.options())};
-  if (weights.wg.defined()) hidden.pre_gate = at::empty({R, F}, like.options());
+  Hidden hidden = empty_hidden(R, F, weights.wg.defined(), like.options());
   std::vector<Product> up, down;
   for (int64_t s = 0; s < segments.count(); ++s) {
     const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
@@ -153,28 +163,19 @@ Hidden forward(const Operand& rows, const Tensor& like, const Segments& segments
   }
   run_products<T>(up);
   run_products<T>(down);
-  zero_unused(hidden.pre, segments.used());
-  if (weights.wg.defined()) zero_unused(hidden.pre_gate, segments.used());
+  zero_unused(hidden, segments.used());
   zero_unused(out, segments.used());
   return hidden;
 }
 
-struct Gradients {
-  Tensor rows;  // [R, D] in the accumulation dtype
-  Tensor wi, wo, wg;
-};
-
-// grad: rows of dy, gathered like `rows` where they are tokens'. gates [R] scale them; grad_gates [R] receives
+// The hidden gradients. grad: rows of dy, gathered where they are tokens'. gates [R] scale them; grad_gates [R] receives
 // <act(pre), dy Wo^T> (both null when there are no gates).
 template <class T>
-Gradients backward(const Operand& grad, const Operand& rows, const Segments& segments, const Hidden& hidden,
-                   const Weights& weights, Transform activation, const T* gates, T* grad_gates) {
-  const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
+Hidden backward_hidden(const Operand& grad, const Segments& segments, const Hidden& hidden, const Weights& weights,
+                       Transform activation, const T* gates, T* grad_gates) {
+  const int64_t D = weights.wi.size(1), F = weights.wi.size(2);
   const bool geglu = weights.wg.defined();
-  const auto accumulation = at::TensorOptions(sizeof(T) == sizeof(double) ? at::kDouble : at::kFloat);
-  const Tensor grad_pre = at::empty({R, F}, hidden.pre.options());
-  const Tensor grad_pre_gate = geglu ? at::empty({R, F}, hidden.pre.options()) : Tensor();
-
+  Hidden grad_hidden = empty_hidden(segments.num_rows(), F, geglu, hidden.pre.options());
   std::vector<Product> through_wo;
   std::vector<int64_t> first_row;
   for (int64_t s = 0; s < segments.count(); ++s) {
@@ -184,9 +185,9 @@ Gradients backward(const Operand& grad, const Operand& rows, const Segments& seg
                           D});
     first_row.push_back(segments.begin(s));
   }
-  const Type type = type_of(grad_pre);
-  const auto at_row = [&](const Tensor& matrix, int64_t row) -> void* {
-    return matrix.defined() ? advance(matrix.mutable_data_ptr(), type, row * F) : nullptr;
+  const Type type = type_of(hidden.pre);
+  const auto at_row = [&](const Tensor& matrix, int64_t row) {
+    return advance(matrix.mutable_data_ptr(), type, row * F);
   };
   run_products<T>(through_wo, [&](int64_t index, int64_t row, int64_t count, T* values, int64_t stride) {
     const int64_t begin = first_row[index] + row;
@@ -198,25 +199,44 @@ Gradients backward(const Operand& grad, const Operand& rows, const Segments& seg
                                          .type = type,
                                          .pre = at_row(hidden.pre, begin),
                                          .pre_gate = geglu ? at_row(hidden.pre_gate, begin) : nullptr,
-                                         .grad_pre = at_row(grad_pre, begin),
-                                         .grad_pre_gate = at_row(grad_pre_gate, begin),
+                                         .grad_pre = at_row(grad_hidden.pre, begin),
+                                         .grad_pre_gate = geglu ? at_row(grad_hidden.pre_gate, begin) : nullptr,
                                          .gates = gates ? gates + begin : nullptr,
                                          .grad_gates = grad_gates ? grad_gates + begin : nullptr});
   });
+  zero_unused(grad_hidden, segments.used());
+  return grad_hidden;
+}
 
-  Gradients gradients{at::empty({R, D}, accumulation), at::empty_like(weights.wi), at::empty_like(weights.wo),
-                      geglu ? at::empty_like(weights.wg) : at::empty({0}, hidden.pre.options())};
-  std::vector<Product> to_rows, to_rows_gate, to_weights;
+// The rows' gradient [R, D], in the accumulation dtype.
+template <class T>
+Tensor backward_rows(const Segments& segments, const Hidden& grad_hidden, const Weights& weights) {
+  const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
+  const Tensor grad_rows = at::empty({R, D}, at::TensorOptions(sizeof(T) == sizeof(double) ? at::kDouble : at::kFloat));
+  std::vector<Product> through_wi, through_wg;
   for (int64_t s = 0; s < segments.count(); ++s) {
     const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
     if (count == 0) continue;
-    to_rows.push_back({rows_from(outer_rows(grad_pre), begin), weights.transposed_columns(weights.wi, e),
-                       rows_from(output_to(gradients.rows), begin), count, D, F});
-    if (geglu) {
-      to_rows_gate.push_back({rows_from(outer_rows(grad_pre_gate), begin), weights.transposed_columns(weights.wg, e),
-                              rows_from(output_to(gradients.rows, true), begin), count, D, F});
+    through_wi.push_back({rows_from(outer_rows(grad_hidden.pre), begin), weights.transposed_columns(weights.wi, e),
+                          rows_from(output_to(grad_rows), begin), count, D, F});
+    if (weights.wg.defined()) {
+      through_wg.push_back({rows_from(outer_rows(grad_hidden.pre_gate), begin),
+                            weights.transposed_columns(weights.wg, e), rows_from(output_to(grad_rows, true), begin),
+                            count, D, F});
     }
   }
+  run_products<T>(through_wi);
+  run_products<T>(through_wg);
+  zero_unused(grad_rows, segments.used());
+  return grad_rows;
+}
+
+// Writes the weights' gradients. grad, rows and gates as in backward_hidden; `rows` are what the experts received.
+template <class T>
+void backward_weights(const Operand& grad, const Operand& rows, const Segments& segments, const Hidden& hidden,
+                      const Hidden& grad_hidden, Transform activation, const T* gates,
+                      const experts::WeightGradients& gradients) {
+  const int64_t D = gradients.wi.size(1), F = gradients.wi.size(2);
   const auto [picked_rows, starts] = segments.rows_by_expert();
   // What the gathers of `rows` and `grad` see, row by row of each expert, and the gates in that order.
   std::vector<int32_t> picked_source(picked_rows.size());
@@ -225,26 +245,25 @@ Gradients backward(const Operand& grad, const Operand& rows, const Segments& seg
     picked_source[i] = rows.row_index ? rows.row_index[picked_rows[i]] : picked_rows[i];
     if (gates) picked_gates[i] = gates[picked_rows[i]];
   }
+  std::vector<Product> products;
   for (int64_t e = 0; e < segments.num_experts(); ++e) {
     const int64_t start = starts[e], depth = starts[e + 1] - start;
     const Operand x_k = as_reduction(rows, picked_source.data() + start);
     Operand grad_k = as_reduction(grad, picked_source.data() + start);
     grad_k.row_scale = gates ? picked_gates.data() + start : nullptr;
-    grad_k.round_to_bf16 = weights.round;
+    grad_k.round_to_bf16 = grad.type == Type::bf16;
     const Operand hidden_k =
         as_reduction(hidden_operand(hidden.pre, hidden.pre_gate, activation), picked_rows.data() + start);
     const auto grad_pre_k = [&](const Tensor& matrix) {
       return as_reduction(outer_rows(matrix), picked_rows.data() + start);
     };
-    to_weights.push_back({hidden_k, grad_k, output_to(gradients.wo[e]), F, D, depth});
-    to_weights.push_back({x_k, grad_pre_k(grad_pre), output_to(gradients.wi[e]), D, F, depth});
-    if (geglu) to_weights.push_back({x_k, grad_pre_k(grad_pre_gate), output_to(gradients.wg[e]), D, F, depth});
+    products.push_back({hidden_k, grad_k, output_to(gradients.wo[e]), F, D, depth});
+    products.push_back({x_k, grad_pre_k(grad_hidden.pre), output_to(gradients.wi[e]), D, F, depth});
+    if (activation == Transform::geglu) {
+      products.push_back({x_k, grad_pre_k(grad_hidden.pre_gate), output_to(gradients.wg[e]), D, F, depth});
+    }
   }
-  run_products<T>(to_rows);
-  run_products<T>(to_rows_gate);
-  run_products<T>(to_weights);
-  zero_unused(gradients.rows, segments.used());
-  return gradients;
+  run_products<T>(products);
 }
 
 // expert_mlp ------------------------------------------------------------------------------------------------------
@@ -262,20 +281,34 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_forward(const Tensor& rows_, const
   return {out, hidden.pre, hidden.pre_gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& grad_, const Tensor& rows_,
-                                                               const OptionalTensor& offsets, const Tensor& pre,
-                                                               const Tensor& pre_gate, const Tensor& wi,
-                                                               const Tensor& wo, const OptionalTensor& wg,
-                                                               c10::string_view activation) {
-  const Tensor grad = grad_.contiguous(), rows = rows_.contiguous();
-  const Segments segments("glam::expert_mlp", offsets, rows.size(0), wi.size(0));
-  const Weights weights(wi, wo, wg, rows.scalar_type());
-  const Gradients gradients = dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
+std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_rows(const Tensor& grad_, const OptionalTensor& offsets,
+                                                            const Tensor& pre, const Tensor& pre_gate, const Tensor& wi,
+                                                            const Tensor& wo, const OptionalTensor& wg,
+                                                            c10::string_view activation) {
+  const Tensor grad = grad_.contiguous();
+  const Segments segments("glam::expert_mlp", offsets, grad.size(0), wi.size(0));
+  const Weights weights(wi, wo, wg, grad.scalar_type());
+  return dispatch_accumulation(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    return backward<T>(outer_rows(grad), outer_rows(rows), segments, {pre.contiguous(), pre_gate.contiguous()}, weights,
-                       activation_of(activation), nullptr, nullptr);
+    const Hidden grad_hidden = backward_hidden<T>(outer_rows(grad), segments, {pre.contiguous(), pre_gate.contiguous()},
+                                                  weights, activation_of(activation), nullptr, nullptr);
+    const Tensor grad_rows = backward_rows<T>(segments, grad_hidden, weights);
+    return std::tuple{grad_rows.to(grad.scalar_type()), grad_hidden.pre, grad_hidden.pre_gate};
   });
-  return {gradients.rows.to(rows.scalar_type()), gradients.wi, gradients.wo, gradients.wg};
+}
+
+void expert_mlp_backward_weights(const Tensor& grad_, const Tensor& rows_, const OptionalTensor& offsets,
+                                 const Tensor& pre, const Tensor& pre_gate, const Tensor& grad_pre,
+                                 const Tensor& grad_pre_gate, c10::string_view activation, const Tensor& grad_wi,
+                                 const Tensor& grad_wo, const Tensor& grad_wg) {
+  const Tensor grad = grad_.contiguous(), rows = rows_.contiguous();
+  const Segments segments("glam::expert_mlp", offsets, rows.size(0), grad_wi.size(0));
+  dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
+    backward_weights<decltype(zero)>(outer_rows(grad), outer_rows(rows), segments,
+                                     {pre.contiguous(), pre_gate.contiguous()},
+                                     {grad_pre.contiguous(), grad_pre_gate.contiguous()}, activation_of(activation),
+                                     nullptr, {grad_wi, grad_wo, grad_wg});
+  });
 }
 
 // moe_mlp ---------------------------------------------------------------------------------------------------------
@@ -340,22 +373,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
   const Weights weights(wi, wo, wg, x.scalar_type());
   const Tensor grad_x = at::empty_like(x), grad_gates = at::zeros_like(gates);
-  const Gradients gradients = dispatch_accumulation(x.scalar_type(), [&](auto zero) {
+  const auto gradients = experts::WeightGradients::empty(wi, wo, wg);
+  dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> row_gates(plan.num_rows), row_grad_gates(plan.num_rows);
     for (int64_t row = 0; row < plan.num_rows; ++row) {
       const int32_t choice = plan.choices()[row];
       row_gates[row] = choice < 0 ? T(0) : gates.const_data_ptr<T>()[choice];
     }
-    Gradients result =
-        backward<T>(plan.gather(grad), plan.gather(x), segments, {pre.contiguous(), pre_gate.contiguous()}, weights,
-                    activation_of(activation), row_gates.data(), row_grad_gates.data());
+    const Hidden hidden = {pre.contiguous(), pre_gate.contiguous()};
+    const Transform transform = activation_of(activation);
+    const Hidden grad_hidden = backward_hidden<T>(plan.gather(grad), segments, hidden, weights, transform,
+                                                  row_gates.data(), row_grad_gates.data());
     for (int64_t row = 0; row < segments.used(); ++row) {
       const int32_t choice = plan.choices()[row];
       if (choice >= 0) grad_gates.mutable_data_ptr<T>()[choice] = row_grad_gates[row];
     }
-    combine<T>(result.rows, plan, nullptr, grad_x);
-    return result;
+    combine<T>(backward_rows<T>(segments, grad_hidden, weights), plan, nullptr, grad_x);
+    backward_weights<T>(plan.gather(grad), plan.gather(x), segments, hidden, grad_hidden, transform, row_gates.data(),
+                        gradients);
   });
   return {grad_x, grad_gates, gradients.wi, gradients.wo, gradients.wg};
 }
@@ -364,7 +400,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
 
 TORCH_LIBRARY_IMPL(glam, CPU, m) {
   m.impl("_expert_mlp_forward", expert_mlp_forward);
-  m.impl("_expert_mlp_backward", expert_mlp_backward);
+  m.impl("_expert_mlp_backward_rows", expert_mlp_backward_rows);
+  m.impl("_expert_mlp_backward_weights", expert_mlp_backward_weights);
   m.impl("_moe_mlp_forward", moe_mlp_forward);
   m.impl("_moe_mlp_backward", moe_mlp_backward);
 }

@@ -16,6 +16,7 @@
 
 #include "glam/ops.h"
 #include "ops/checks.h"
+#include "ops/experts.h"
 
 namespace glam {
 namespace {
@@ -28,16 +29,17 @@ using ExpertForward = ForwardResult(const Tensor&, const OptionalTensor&, const 
                                     const OptionalTensor&, c10::string_view);
 using ExpertBackward = BackwardResult(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
                                       const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
+using ExpertBackwardRows = ForwardResult(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
+using ExpertBackwardWeights = void(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                   const Tensor&, const Tensor&, c10::string_view, const Tensor&, const Tensor&,
+                                   const Tensor&);
 using MoeForward = ForwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
 using MoeBackward = MoeBackwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                       const OptionalTensor&, c10::string_view);
 
-const auto& expert_forward_op() {
-  static const auto op = find_op<ExpertForward>("glam::_expert_mlp_forward");
-  return op;
-}
 const auto& expert_backward_op() {
   static const auto op = find_op<ExpertBackward>("glam::_expert_mlp_backward");
   return op;
@@ -59,7 +61,7 @@ struct ExpertFunction : torch::autograd::Function<ExpertFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,
                         const Tensor& wo, const OptionalTensor& wg, std::string activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [out, pre, pre_gate] = expert_forward_op().call(rows, offsets, wi, wo, wg, activation);
+    const auto [out, pre, pre_gate] = experts::forward(rows, offsets, wi, wo, wg, activation);
     ctx->save_for_backward({rows, or_undefined(offsets), pre, pre_gate, wi, wo, or_undefined(wg)});
     ctx->saved_data["activation"] = std::move(activation);
     return out;
@@ -115,7 +117,18 @@ Tensor expert_mlp_autograd(const Tensor& rows, const Tensor& offsets, const Tens
 Tensor expert_mlp_below_autograd(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
                                  const OptionalTensor& wg, c10::string_view activation) {
   checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
-  return std::get<0>(expert_forward_op().call(rows, offsets, wi, wo, wg, activation));
+  return std::get<0>(experts::forward(rows, offsets, wi, wo, wg, activation));
+}
+
+BackwardResult expert_mlp_backward(const Tensor& grad_, const Tensor& rows, const OptionalTensor& offsets,
+                                   const Tensor& pre, const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
+                                   const OptionalTensor& wg, c10::string_view activation) {
+  const Tensor grad = grad_.contiguous();  // once for both
+  const auto [grad_rows, grad_pre, grad_pre_gate] =
+      experts::backward_rows(grad, offsets, pre, pre_gate, wi, wo, wg, activation);
+  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
+  experts::backward_weights(grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, weights);
+  return {grad_rows, weights.wi, weights.wo, weights.wg};
 }
 
 Tensor moe_mlp_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
@@ -157,18 +170,15 @@ Tensor geglu_mlp_autograd(const Tensor& x, const Tensor& w0, const Tensor& w1, c
 }
 Tensor geglu_mlp_below_autograd(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo) {
   return geglu_mlp_with(x, w0, w1, wo, [](const Tensor& rows, const Tensor& wi, const Tensor& wo_, const Tensor& wg) {
-    return std::get<0>(expert_forward_op().call(rows, std::nullopt, wi, wo_, wg, "geglu"));
+    return std::get<0>(experts::forward(rows, std::nullopt, wi, wo_, wg, "geglu"));
   });
 }
 
 // Meta ------------------------------------------------------------------------------------------------------------
 
-Tensor pre_gate_meta(const Tensor& pre, const OptionalTensor& wg) {
-  return wg ? at::empty_symint(pre.sym_sizes(), pre.options()) : at::empty_symint({0}, pre.options());
-}
 Tensor like(const Tensor& tensor) { return at::empty_symint(tensor.sym_sizes(), tensor.options()); }
-Tensor like_or_empty(const OptionalTensor& tensor, const Tensor& x) {
-  return tensor ? like(*tensor) : at::empty_symint({0}, x.options());
+Tensor pre_gate_meta(const Tensor& pre, const OptionalTensor& wg) {
+  return wg ? like(pre) : at::empty_symint({0}, pre.options());
 }
 
 ForwardResult expert_forward_meta(const Tensor& rows, const OptionalTensor&, const Tensor& wi, const Tensor&,
@@ -179,8 +189,17 @@ ForwardResult expert_forward_meta(const Tensor& rows, const OptionalTensor&, con
 BackwardResult expert_backward_meta(const Tensor&, const Tensor& rows, const OptionalTensor&, const Tensor&,
                                     const Tensor&, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
                                     c10::string_view) {
-  return {like(rows), like(wi), like(wo), like_or_empty(wg, rows)};
+  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
+  return {like(rows), weights.wi, weights.wo, weights.wg};
 }
+ForwardResult expert_backward_rows_meta(const Tensor& grad, const OptionalTensor&, const Tensor& pre,
+                                        const Tensor& pre_gate, const Tensor&, const Tensor&, const OptionalTensor&,
+                                        c10::string_view) {
+  return {like(grad), like(pre), like(pre_gate)};
+}
+void expert_backward_weights_meta(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                  const Tensor&, const Tensor&, c10::string_view, const Tensor&, const Tensor&,
+                                  const Tensor&) {}
 ForwardResult moe_forward_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor& choice_of_row,
                                const Tensor&, const Tensor& wi, const Tensor&, const OptionalTensor& wg,
                                c10::string_view) {
@@ -190,10 +209,38 @@ ForwardResult moe_forward_meta(const Tensor& x, const Tensor&, const Tensor&, co
 MoeBackwardResult moe_backward_meta(const Tensor&, const Tensor& x, const Tensor& gates, const Tensor&, const Tensor&,
                                     const Tensor&, const Tensor&, const Tensor&, const Tensor& wi, const Tensor& wo,
                                     const OptionalTensor& wg, c10::string_view) {
-  return {like(x), like(gates), like(wi), like(wo), like_or_empty(wg, x)};
+  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
+  return {like(x), like(gates), weights.wi, weights.wo, weights.wg};
 }
 
 }  // namespace
+
+experts::WeightGradients experts::WeightGradients::empty(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg) {
+  return {like(wi), like(wo), wg ? like(*wg) : at::empty_symint({0}, wi.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> experts::forward(const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,
+                                                    const Tensor& wo, const OptionalTensor& wg,
+                                                    c10::string_view activation) {
+  static const auto op = find_op<ExpertForward>("glam::_expert_mlp_forward");
+  return op.call(rows, offsets, wi, wo, wg, activation);
+}
+
+std::tuple<Tensor, Tensor, Tensor> experts::backward_rows(const Tensor& grad, const OptionalTensor& offsets,
+                                                          const Tensor& pre, const Tensor& pre_gate, const Tensor& wi,
+                                                          const Tensor& wo, const OptionalTensor& wg,
+                                                          c10::string_view activation) {
+  static const auto op = find_op<ExpertBackwardRows>("glam::_expert_mlp_backward_rows");
+  return op.call(grad, offsets, pre, pre_gate, wi, wo, wg, activation);
+}
+
+void experts::backward_weights(const Tensor& grad, const Tensor& rows, const OptionalTensor& offsets, const Tensor& pre,
+                               const Tensor& pre_gate, const Tensor& grad_pre, const Tensor& grad_pre_gate,
+                               c10::string_view activation, const WeightGradients& gradients) {
+  static const auto op = find_op<ExpertBackwardWeights>("glam::_expert_mlp_backward_weights");
+  op.call(grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, gradients.wi, gradients.wo,
+          gradients.wg);
+}
 
 void checks::plan(const char* op, const Tensor& row_of_choice, const Tensor& choice_of_row, const Tensor& offsets,
                   const SymInt& num_tokens) {
@@ -286,6 +333,16 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
       "_expert_mlp_backward(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, "
       "Tensor wo, Tensor? wg, str activation) -> (Tensor rows, Tensor wi, Tensor wo, Tensor wg)",
       tags);
+  // The two parts of that, for exchange_mlp: what others wait for, then the rest, written where the caller wants it.
+  m.def(
+      "_expert_mlp_backward_rows(Tensor grad, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, "
+      "Tensor? wg, str activation) -> (Tensor rows, Tensor pre, Tensor pre_gate)",
+      tags);
+  m.def(
+      "_expert_mlp_backward_weights(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, "
+      "Tensor grad_pre, Tensor grad_pre_gate, str activation, Tensor(a!) grad_wi, Tensor(b!) grad_wo, "
+      "Tensor(c!) grad_wg) -> ()",
+      tags);
   m.def(
       "_moe_mlp_forward(Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, Tensor offsets, "
       "Tensor wi, Tensor wo, Tensor? wg, str activation) -> (Tensor y, Tensor pre, Tensor pre_gate)",
@@ -300,18 +357,24 @@ TORCH_LIBRARY_IMPL(glam, Autograd, m) {
   m.impl("expert_mlp", expert_mlp_autograd);
   m.impl("moe_mlp", moe_mlp_autograd);
   m.impl("geglu_mlp", geglu_mlp_autograd);
-  for (const char* name : {"_expert_mlp_forward", "_expert_mlp_backward", "_moe_mlp_forward", "_moe_mlp_backward"}) {
+  for (const char* name : {"_expert_mlp_forward", "_expert_mlp_backward", "_expert_mlp_backward_rows",
+                           "_moe_mlp_forward", "_moe_mlp_backward"}) {
     m.impl(name, refuse_double_backward());
   }
+  m.impl("_expert_mlp_backward_weights", not_differentiable());
 }
+TORCH_LIBRARY_IMPL(glam, ADInplaceOrView, m) { m.impl("_expert_mlp_backward_weights", bump_mutated_versions()); }
 TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) {
   m.impl("expert_mlp", expert_mlp_below_autograd);
+  m.impl("_expert_mlp_backward", expert_mlp_backward);
   m.impl("moe_mlp", moe_mlp_below_autograd);
   m.impl("geglu_mlp", geglu_mlp_below_autograd);
 }
 TORCH_LIBRARY_IMPL(glam, Meta, m) {
   m.impl("_expert_mlp_forward", expert_forward_meta);
   m.impl("_expert_mlp_backward", expert_backward_meta);
+  m.impl("_expert_mlp_backward_rows", expert_backward_rows_meta);
+  m.impl("_expert_mlp_backward_weights", expert_backward_weights_meta);
   m.impl("_moe_mlp_forward", moe_forward_meta);
   m.impl("_moe_mlp_backward", moe_backward_meta);
 }

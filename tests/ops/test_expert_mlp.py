@@ -36,6 +36,32 @@ def test_rows_of_an_expert_are_the_same_in_one_segment_or_two() -> None:
     assert torch.equal(torch.ops.glam.expert_mlp(rows[order], joined, *weights), y[order])
 
 
+@pytest.mark.parametrize("name", ["three experts relu", "three experts geglu"])
+def test_backward_in_two_parts(name: str) -> None:
+    """Rows first, then the weights into slices of larger tensors, whose other parts stay: the bits of the whole."""
+    glam = torch.ops.glam
+    rows, offsets, wi, wo, wg, activation = samples.EXPERT_MLP.find("small", torch.float32, name).args
+    _, pre, pre_gate = glam._expert_mlp_forward(rows, offsets, wi, wo, wg, activation)
+    grad = rows.flip(0)
+    whole = glam._expert_mlp_backward(grad, rows, offsets, pre, pre_gate, wi, wo, wg, activation)
+
+    of_rows = (grad, offsets, pre, pre_gate, wi, wo, wg, activation)
+    torch.library.opcheck(glam._expert_mlp_backward_rows.default, of_rows)
+    grad_rows, grad_pre, grad_pre_gate = glam._expert_mlp_backward_rows(*of_rows)
+    assert torch.equal(grad_rows, whole[0])
+
+    around = [torch.full((size.shape[0] + 2, *size.shape[1:]), 7.0) if size.numel() else size for size in whole[1:]]
+    slices = [tensor[1:-1] if tensor.numel() else tensor for tensor in around]
+    of_weights = (grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, *slices)
+    torch.library.opcheck(glam._expert_mlp_backward_weights.default, of_weights)
+    versions = [tensor._version for tensor in around]
+    glam._expert_mlp_backward_weights(*of_weights)
+    for tensor, version, part, wanted in zip(around, versions, slices, whole[1:], strict=True):
+        assert torch.equal(part, wanted)
+        assert tensor._version == version + 1
+        assert bool((tensor[[0, -1]] == 7.0).all() if tensor.numel() else wg is None)
+
+
 BASE = samples.EXPERT_MLP.find("small", torch.float32, "three experts geglu")
 
 
