@@ -9,11 +9,11 @@
 // rows [R, D] are in order (chunk, receiving rank, expert of the chunk); received rows in order (chunk, sending rank,
 // expert of the chunk), which is what offsets int32 [N * P * E_chunk + 1] says of them. Splits are host integers in
 // order (chunk, rank): in_splits rows go, out_splits come; empty ones mean R / (N P) to and from each rank. Rows after
-// the sent ones give zeros. A chunk has its own slice of the weights, so each weight gradient is written once. Only the
-// received rows and their pre-activations are saved. The group's ranks must all make the call, with the same N.
+// the sent ones give zeros. A chunk has its own slice of the weights and of their gradients, which are computed while
+// the rows' gradient travels. Only the received rows and their pre-activations are saved. The group's ranks must all make
+// the call, with the same N.
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
 #include <numeric>
@@ -22,6 +22,7 @@
 #include "distributed/collectives.h"
 #include "glam/ops.h"
 #include "ops/checks.h"
+#include "ops/experts.h"
 #include "ops/route.h"
 
 namespace glam {
@@ -38,11 +39,6 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = BackwardResult(const Tensor&, at::TensorList, const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
                                 const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view, c10::string_view,
                                 int64_t);
-using ExpertForward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
-                                                         const Tensor&, const OptionalTensor&, c10::string_view);
-using ExpertBackward = BackwardResult(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                                      const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
-
 const auto& op() {
   static const auto handle = find_op<Signature>(kOp);
   return handle;
@@ -129,7 +125,8 @@ class Schedule {
 };
 
 // The pipeline of both passes. `outward` [num sent or more, D] goes to the experts' ranks and becomes `received`;
-// compute(n, chunk) turns rows of it into rows of the same number, which come back into a tensor shaped like outward.
+// compute(n, chunk, send) turns rows of it into rows of the same number, which `send` lets come back into a tensor shaped
+// like outward; what compute does after that runs while they travel.
 template <class Compute>
 Tensor through_experts(const Tensor& outward, const Tensor& received, const Schedule& schedule,
                        const std::string& group, Compute&& compute) {
@@ -144,9 +141,10 @@ Tensor through_experts(const Tensor& outward, const Tensor& received, const Sche
   size_t n = 0;
   for (const Chunk& chunk : schedule) {
     incoming[n].wait();
-    const Tensor result = compute(n, chunk);
-    outgoing.push_back(
-        collectives::start_all_to_all(chunk.sent_rows(returned), result, chunk.sent, chunk.received, group));
+    compute(n, chunk, [&](const Tensor& result) {
+      outgoing.push_back(
+          collectives::start_all_to_all(chunk.sent_rows(returned), result, chunk.sent, chunk.received, group));
+    });
     ++n;
   }
   for (auto& transfer : outgoing) transfer.wait();
@@ -156,42 +154,40 @@ Tensor through_experts(const Tensor& outward, const Tensor& received, const Sche
 ForwardResult forward(const Tensor& rows, const Tensor& offsets, c10::SymIntArrayRef out_splits,
                       c10::SymIntArrayRef in_splits, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
                       c10::string_view activation, c10::string_view group_name, int64_t chunks) {
-  static const auto experts = find_op<ExpertForward>("glam::_expert_mlp_forward");
   const std::string group(group_name);
   const Schedule schedule(checked_route(kOp, rows.size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
   const Tensor received = at::empty({schedule.num_received(), rows.size(1)}, rows.options());
   std::vector<Tensor> saved = {received};
-  const Tensor out = through_experts(rows, received, schedule, group, [&](size_t, const Chunk& chunk) {
-    const auto [result, pre, pre_gate] = experts.call(chunk.received_rows(received), chunk.segments(offsets),
-                                                      chunk.weight(wi), chunk.weight(wo), chunk.weight(wg), activation);
+  const Tensor out = through_experts(rows, received, schedule, group, [&](size_t, const Chunk& chunk, auto&& send) {
+    const auto [result, pre, pre_gate] =
+        experts::forward(chunk.received_rows(received), chunk.segments(offsets), chunk.weight(wi), chunk.weight(wo),
+                         chunk.weight(wg), activation);
+    send(result);
     saved.insert(saved.end(), {pre, pre_gate});
-    return result;
   });
   return {out, std::move(saved)};
 }
 
-// A weight's gradient, whole again.
-Tensor joined(std::vector<Tensor> parts) { return parts.size() == 1 ? std::move(parts[0]) : at::cat(parts); }
-
 BackwardResult backward(const Tensor& grad, at::TensorList saved, const Tensor& offsets, c10::SymIntArrayRef out_splits,
                         c10::SymIntArrayRef in_splits, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
                         c10::string_view activation, c10::string_view group_name, int64_t chunks) {
-  static const auto experts = find_op<ExpertBackward>("glam::_expert_mlp_backward");
   const std::string group(group_name);
   const Schedule schedule(checked_route(kOp, grad.size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
   const Tensor& received = saved[0];
   const Tensor grad_results = at::empty(received.sizes(), received.options());
-  std::vector<Tensor> grads_wi, grads_wo, grads_wg;
-  const Tensor grad_rows = through_experts(grad, grad_results, schedule, group, [&](size_t n, const Chunk& chunk) {
-    auto [grad_received, grad_wi, grad_wo, grad_wg] = experts.call(
-        chunk.received_rows(grad_results), chunk.received_rows(received), chunk.segments(offsets), saved[1 + 2 * n],
-        saved[2 + 2 * n], chunk.weight(wi), chunk.weight(wo), chunk.weight(wg), activation);
-    grads_wi.push_back(grad_wi);
-    grads_wo.push_back(grad_wo);
-    grads_wg.push_back(grad_wg);
-    return grad_received;
-  });
-  return {grad_rows, joined(std::move(grads_wi)), joined(std::move(grads_wo)), joined(std::move(grads_wg))};
+  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
+  const Tensor grad_rows =
+      through_experts(grad, grad_results, schedule, group, [&](size_t n, const Chunk& chunk, auto&& send) {
+        const Tensor grad_result = chunk.received_rows(grad_results), segments = chunk.segments(offsets);
+        const Tensor &pre = saved[1 + 2 * n], &pre_gate = saved[2 + 2 * n];
+        const auto [grad_received, grad_pre, grad_pre_gate] = experts::backward_rows(
+            grad_result, segments, pre, pre_gate, chunk.weight(wi), chunk.weight(wo), chunk.weight(wg), activation);
+        send(grad_received);
+        experts::backward_weights(
+            grad_result, chunk.received_rows(received), segments, pre, pre_gate, grad_pre, grad_pre_gate, activation,
+            {chunk.weight(weights.wi), chunk.weight(weights.wo), wg ? chunk.weight(weights.wg) : weights.wg});
+      });
+  return {grad_rows, weights.wi, weights.wo, weights.wg};
 }
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
@@ -266,8 +262,8 @@ ForwardResult forward_meta(const Tensor& rows, const Tensor&, c10::SymIntArrayRe
 BackwardResult backward_meta(const Tensor& grad, at::TensorList, const Tensor&, c10::SymIntArrayRef,
                              c10::SymIntArrayRef, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
                              c10::string_view, c10::string_view, int64_t) {
-  const auto like = [](const Tensor& tensor) { return at::empty_symint(tensor.sym_sizes(), tensor.options()); };
-  return {like(grad), like(wi), like(wo), wg ? like(*wg) : at::empty_symint({0}, grad.options())};
+  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
+  return {at::empty_symint(grad.sym_sizes(), grad.options()), weights.wi, weights.wo, weights.wg};
 }
 
 }  // namespace

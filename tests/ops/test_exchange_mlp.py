@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from . import levels, samples
 
@@ -18,11 +21,22 @@ BASE = samples.EXCHANGE_MLP.find("small", torch.float32, "four experts geglu chu
 
 
 def test_chunks_give_the_bits_of_one() -> None:
+    """Of the output and of every gradient, for two chunks and for one."""
     rows, offsets, _, _, *weights, activation, group, _ = BASE.args
-    parts = torch.ops.glam.exchange_mlp(*BASE.args)
-    assert torch.equal(parts, torch.ops.glam.expert_mlp(rows, offsets, *weights, activation))
-    whole = torch.ops.glam.exchange_mlp(rows, offsets, [9], [9], *weights, activation, group, 1)
-    assert torch.equal(parts, whole)
+
+    def bits(call: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (rows, *weights)]
+        y = call(*leaves)
+        y.square().sum().backward()
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    def chunked(rows: Tensor, *weights: Tensor, chunks: int, splits: list[int]) -> Tensor:
+        return torch.ops.glam.exchange_mlp(rows, offsets, splits, splits, *weights, activation, group, chunks)
+
+    expected = bits(lambda rows, *weights: torch.ops.glam.expert_mlp(rows, offsets, *weights, activation))
+    for chunks, splits in ((1, [9]), (2, [3, 6]), (4, [3, 0, 5, 1])):
+        for actual, wanted in zip(bits(partial(chunked, chunks=chunks, splits=splits)), expected, strict=True):
+            assert torch.equal(actual, wanted)
 
 
 def test_one_weight_alone_gets_its_gradient() -> None:
