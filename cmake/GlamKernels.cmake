@@ -1,12 +1,13 @@
-# CPU kernels: every file of csrc/cpu/kernels compiled once per instruction set, as an object library with -DGLAM_ISA=<name>.
+# CPU kernels: every file of csrc/cpu/kernels compiled once per instruction set, as an object library with -DGLAM_ISA=<name>;
+# for avx512bf16 only those that use its instruction.
 #
 # The kernels see no torch header: an inline function of torch compiled for a wide set could be the copy the linker keeps,
 # and would then crash on a narrower CPU. For the same reason their symbols are hidden.
 
 set(GLAM_KERNEL_OPTIONS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra)
 
-function(glam_add_isa target isa)
-  add_library(glam_kernels_${isa} OBJECT ${kernel_sources})
+function(glam_add_isa target isa sources)
+  add_library(glam_kernels_${isa} OBJECT ${sources})
   target_include_directories(glam_kernels_${isa} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
   target_compile_definitions(glam_kernels_${isa} PRIVATE GLAM_ISA=${isa})
   target_compile_options(glam_kernels_${isa} PRIVATE ${GLAM_KERNEL_OPTIONS} ${ARGN})
@@ -19,11 +20,14 @@ function(glam_add_kernels target)
   if(NOT kernel_sources)
     return()
   endif()
-  glam_add_isa(${target} baseline)
+  glam_add_isa(${target} baseline "${kernel_sources}")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-    glam_add_isa(${target} avx2 -mavx2 -mfma -mf16c)
-    glam_add_isa(${target} avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mfma -mf16c
-                 -mprefer-vector-width=512)
+    set(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mfma -mf16c -mprefer-vector-width=512)
+    set(bf16_sources ${kernel_sources})
+    list(FILTER bf16_sources INCLUDE REGEX "_bf16\\.cpp$")
+    glam_add_isa(${target} avx2 "${kernel_sources}" -mavx2 -mfma -mf16c)
+    glam_add_isa(${target} avx512 "${kernel_sources}" ${avx512})
+    glam_add_isa(${target} avx512bf16 "${bf16_sources}" ${avx512} -mavx512bf16)
     target_compile_definitions(${target} PRIVATE GLAM_HAVE_AVX2 GLAM_HAVE_AVX512)
   endif()
 endfunction()

@@ -96,30 +96,21 @@ Operand as_reduction(Operand rows, const int32_t* picked) {
 
 struct Weights {
   Tensor wi, wo, wg;  // unit stride in one of the last two dimensions; wg undefined unless geglu
-  bool round;
+  Precision precision;
 
   Weights(const Tensor& wi_, const Tensor& wo_, const OptionalTensor& wg_, at::ScalarType compute)
       : wi(wi_.contiguous()),
         wo(wo_.contiguous()),
         wg(wg_ ? wg_->contiguous() : Tensor()),
-        round(compute == at::kBFloat16) {}
-  Operand columns(const Tensor& weight, int64_t expert) const { return rounded(outer_columns(weight[expert])); }
-  Operand transposed_columns(const Tensor& weight, int64_t expert) const {
-    return rounded(outer_columns(weight[expert].t()));
-  }
-
- private:
-  Operand rounded(Operand operand) const {
-    operand.round_to_bf16 = round;
-    return operand;
-  }
+        precision(precision_of(compute)) {}
+  Operand columns(const Tensor& weight, int64_t expert) const { return outer_columns(weight[expert]); }
+  Operand transposed_columns(const Tensor& weight, int64_t expert) const { return outer_columns(weight[expert].t()); }
 };
 
 Operand hidden_operand(const Tensor& pre, const Tensor& pre_gate, Transform activation) {
   Operand hidden = outer_rows(pre);
   hidden.transform = activation;
   hidden.gate = activation == Transform::geglu ? pre_gate.const_data_ptr() : nullptr;
-  hidden.round_to_bf16 = pre.scalar_type() == at::kBFloat16;
   return hidden;
 }
 
@@ -161,8 +152,8 @@ Hidden forward(const Operand& rows, const Tensor& like, const Segments& segments
     if (activated.gate) activated.gate = advance(activated.gate, activated.type, begin * activated.row_stride);
     down.push_back({activated, weights.columns(weights.wo, e), rows_from(output_to(out), begin), count, D, F});
   }
-  run_products<T>(up);
-  run_products<T>(down);
+  run_products<T>(up, weights.precision);
+  run_products<T>(down, weights.precision);
   zero_unused(hidden, segments.used());
   zero_unused(out, segments.used());
   return hidden;
@@ -189,21 +180,22 @@ Hidden backward_hidden(const Operand& grad, const Segments& segments, const Hidd
   const auto at_row = [&](const Tensor& matrix, int64_t row) {
     return advance(matrix.mutable_data_ptr(), type, row * F);
   };
-  run_products<T>(through_wo, [&](int64_t index, int64_t row, int64_t count, T* values, int64_t stride) {
-    const int64_t begin = first_row[index] + row;
-    expert_functions<T>().backward_rows({.activation = activation,
-                                         .grad_hidden = values,
-                                         .grad_stride = stride,
-                                         .rows = count,
-                                         .hidden_dim = F,
-                                         .type = type,
-                                         .pre = at_row(hidden.pre, begin),
-                                         .pre_gate = geglu ? at_row(hidden.pre_gate, begin) : nullptr,
-                                         .grad_pre = at_row(grad_hidden.pre, begin),
-                                         .grad_pre_gate = geglu ? at_row(grad_hidden.pre_gate, begin) : nullptr,
-                                         .gates = gates ? gates + begin : nullptr,
-                                         .grad_gates = grad_gates ? grad_gates + begin : nullptr});
-  });
+  run_products<T>(
+      through_wo, weights.precision, [&](int64_t index, int64_t row, int64_t count, T* values, int64_t stride) {
+        const int64_t begin = first_row[index] + row;
+        expert_functions<T>().backward_rows({.activation = activation,
+                                             .grad_hidden = values,
+                                             .grad_stride = stride,
+                                             .rows = count,
+                                             .hidden_dim = F,
+                                             .type = type,
+                                             .pre = at_row(hidden.pre, begin),
+                                             .pre_gate = geglu ? at_row(hidden.pre_gate, begin) : nullptr,
+                                             .grad_pre = at_row(grad_hidden.pre, begin),
+                                             .grad_pre_gate = geglu ? at_row(grad_hidden.pre_gate, begin) : nullptr,
+                                             .gates = gates ? gates + begin : nullptr,
+                                             .grad_gates = grad_gates ? grad_gates + begin : nullptr});
+      });
   zero_unused(grad_hidden, segments.used());
   return grad_hidden;
 }
@@ -225,8 +217,8 @@ Tensor backward_rows(const Segments& segments, const Hidden& grad_hidden, const 
                             count, D, F});
     }
   }
-  run_products<T>(through_wi);
-  run_products<T>(through_wg);
+  run_products<T>(through_wi, weights.precision);
+  run_products<T>(through_wg, weights.precision);
   zero_unused(grad_rows, segments.used());
   return grad_rows;
 }
@@ -251,7 +243,6 @@ void backward_weights(const Operand& grad, const Operand& rows, const Segments& 
     const Operand x_k = as_reduction(rows, picked_source.data() + start);
     Operand grad_k = as_reduction(grad, picked_source.data() + start);
     grad_k.row_scale = gates ? picked_gates.data() + start : nullptr;
-    grad_k.round_to_bf16 = grad.type == Type::bf16;
     const Operand hidden_k =
         as_reduction(hidden_operand(hidden.pre, hidden.pre_gate, activation), picked_rows.data() + start);
     const auto grad_pre_k = [&](const Tensor& matrix) {
@@ -263,7 +254,7 @@ void backward_weights(const Operand& grad, const Operand& rows, const Segments& 
       products.push_back({x_k, grad_pre_k(grad_hidden.pre_gate), output_to(gradients.wg[e]), D, F, depth});
     }
   }
-  run_products<T>(products);
+  run_products<T>(products, precision_of(hidden.pre.scalar_type()));
 }
 
 // expert_mlp ------------------------------------------------------------------------------------------------------

@@ -1,152 +1,190 @@
 #include "cpu/gemm.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
+#include "cpu/phases.h"
 #include "cpu/scratch.h"
 
 namespace glam::cpu {
 namespace {
 
-constexpr int64_t kRowTilesPerBlock = 8;
-constexpr int64_t kColumnsPerBlock = 1024;
-constexpr int64_t kPackedBytes =
-    int64_t{64} << 20;  // packed B panels held at once; a product with an epilogue stays whole and may pass it
+// Sizes are chosen for second-level caches of 1 MiB and more and a shared third level.
+constexpr int64_t kBlockBytes = 512 << 10;  // of a task's A panels and its part of C
+constexpr int64_t kMostRowTiles = 16;       // of a block: more rows reuse a B panel no better
+constexpr int64_t kColumnsPerBlock = 1024;  // without an epilogue
+constexpr int64_t kPackedBytes = int64_t{4}
+                                 << 20;  // of the B panels packed at a time; a product with an epilogue is whole
+constexpr int64_t kTasksPerThread = 4;   // where there is little to do, blocks become smaller to share it
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Part of a product: all rows, columns [column, column + columns), whose B panels start at `packed`.
+// All rows of a product, columns [column, column + columns), cut into row blocks: a task each. The B panels are at
+// `packed` (bytes) of their batch's buffer.
 struct Slice {
-  int64_t product;
-  int64_t column;
-  int64_t columns;
-  int64_t packed;       // element offset into the packed buffer
-  int64_t first_strip;  // running totals over the batch, for the parallel loops
-  int64_t first_task;
-  int64_t row_blocks;
+  int64_t product, column, columns, packed;
+  int64_t rows_per_block, row_blocks;
+  int64_t first_strip, first_task;  // running totals of the batch
+};
+
+// Slices whose B panels are packed together.
+struct Batch {
+  std::vector<Slice> slices;
+  int64_t packed_bytes = 0, num_strips = 0, num_tasks = 0;
 };
 
 template <class T>
-class Batch {
+class Run {
  public:
-  Batch(const std::vector<Product>& products, const RowEpilogue<T>* epilogue)
-      : products_(products), epilogue_(epilogue), functions_(gemm_functions<T>()) {}
+  Run(const std::vector<Product>& products, Precision precision, const RowEpilogue<T>* epilogue)
+      : products_(products), epilogue_(epilogue), functions_(gemm_functions<T>(precision)) {}
 
-  bool empty() const { return slices_.empty(); }
-  int64_t packed_elements() const { return packed_elements_; }
+  void operator()() {
+    make_batches();
+    if (batches_.empty()) return;
+    int64_t buffer_bytes = 0;
+    for (const Batch& batch : batches_) buffer_bytes = std::max(buffer_bytes, batch.packed_bytes);
+    static thread_local Scratch scratch;
+    buffer_bytes = round_up(buffer_bytes, 64);
+    char* const buffers = scratch.get<char>(buffer_bytes * (batches_.size() > 1 ? 2 : 1));
 
-  void add(int64_t product, int64_t column, int64_t columns) {
-    const Product& p = products_[product];
-    const int64_t blocks = (p.m + block_rows() - 1) / block_rows();
-    const int64_t strips = (columns + functions_.tile_columns - 1) / functions_.tile_columns;
-    slices_.push_back({product, column, columns, packed_elements_, num_strips_, num_tasks_, blocks});
-    packed_elements_ += strips * functions_.tile_columns * p.k;
-    num_strips_ += strips;
-    num_tasks_ += blocks * column_blocks(columns);
-  }
-
-  void run() {
-    static thread_local Scratch packed_scratch;
-    T* const packed = packed_scratch.get<T>(packed_elements_);
-    at::parallel_for(0, num_strips_, 1, [&](int64_t begin, int64_t end) {
-      for_range(begin, end, &Slice::first_strip, [&](const Slice& slice, int64_t first, int64_t last) {
-        const Product& p = products_[slice.product];
-        const int64_t width = functions_.tile_columns;
-        functions_.pack(p.b, slice.column + first * width, slice.column + std::min(last * width, slice.columns), p.k,
-                        width, packed + slice.packed + first * width * p.k);
-      });
+    // In the order pack 0, pack 1, multiply 0, pack 2, multiply 1, ...: two buffers are enough.
+    Phases phases;
+    std::vector<Step> steps;
+    std::vector<int64_t> packed(batches_.size()), multiplied(batches_.size());
+    const auto pack = [&](size_t b) {
+      packed[b] =
+          phases.add(divide_up(batches_[b].num_strips, kStripsPerTask), b >= 2 ? multiplied[b - 2] : Phases::kNone);
+      steps.push_back({&batches_[b], buffers + b % 2 * buffer_bytes, true});
+    };
+    pack(0);
+    for (size_t b = 0; b < batches_.size(); ++b) {
+      if (b + 1 < batches_.size()) pack(b + 1);
+      multiplied[b] = phases.add(batches_[b].num_tasks, packed[b]);
+      steps.push_back({&batches_[b], buffers + b % 2 * buffer_bytes, false});
+    }
+    phases.run([&](int64_t phase, int64_t task) {
+      const Step& step = steps[phase];
+      step.is_pack ? pack_strips(*step.batch, task, step.buffer) : multiply(*step.batch, task, step.buffer);
     });
-    at::parallel_for(0, num_tasks_, 1, [&](int64_t begin, int64_t end) {
-      for_range(begin, end, &Slice::first_task, [&](const Slice& slice, int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) run_task(slice, task, packed);
-      });
-    });
-    slices_.clear();
-    packed_elements_ = num_strips_ = num_tasks_ = 0;
   }
 
  private:
-  int64_t block_rows() const { return kRowTilesPerBlock * functions_.tile_rows; }
-  int64_t column_blocks(int64_t columns) const {
-    return epilogue_ ? 1 : (columns + kColumnsPerBlock - 1) / kColumnsPerBlock;
+  static constexpr int64_t kStripsPerTask = 4;
+  struct Step {
+    const Batch* batch;
+    char* buffer;
+    bool is_pack;
+  };
+
+  int64_t rows_per_block(const Product& p, int64_t columns) const {
+    const int64_t row_bytes = functions_.panel_bytes(p.k) + columns * static_cast<int64_t>(sizeof(T));
+    const int64_t tiles = std::clamp<int64_t>(kBlockBytes / (row_bytes * functions_.tile_rows), 1, kMostRowTiles);
+    // Blocks of nearly one size: the last one is no straggler.
+    const int64_t all = divide_up(p.m, functions_.tile_rows), blocks = divide_up(all, tiles);
+    return divide_up(all, blocks) * functions_.tile_rows;
   }
 
-  // Calls f(slice, first, last) for the parts of the batch-wide range [begin, end), numbered within each slice.
-  template <class F>
-  void for_range(int64_t begin, int64_t end, int64_t Slice::* start, F&& f) const {
-    for (size_t i = 0; i < slices_.size(); ++i) {
-      const int64_t slice_begin = slices_[i].*start;
-      const int64_t slice_end =
-          i + 1 < slices_.size() ? slices_[i + 1].*start : (start == &Slice::first_strip ? num_strips_ : num_tasks_);
-      const int64_t first = std::max(begin, slice_begin), last = std::min(end, slice_end);
-      if (first < last) f(slices_[i], first - slice_begin, last - slice_begin);
+  void make_batches() {
+    int64_t columns_per_slice = kColumnsPerBlock;
+    // Where there are too few tasks for the threads: narrower ones.
+    const int64_t wanted = at::get_num_threads() * kTasksPerThread;
+    while (!epilogue_ && columns_per_slice > functions_.tile_columns && count_tasks(columns_per_slice) < wanted) {
+      columns_per_slice = round_up(columns_per_slice / 2, functions_.tile_columns);
+    }
+    for (size_t i = 0; i < products_.size(); ++i) {
+      const Product& p = products_[i];
+      if (p.m == 0) continue;
+      const int64_t step = epilogue_ ? p.n : columns_per_slice;
+      for (int64_t column = 0; column < p.n; column += step) {
+        add(static_cast<int64_t>(i), column, std::min(step, p.n - column));
+      }
     }
   }
 
-  void run_task(const Slice& slice, int64_t task, const T* packed) const {
+  int64_t count_tasks(int64_t columns_per_slice) const {
+    int64_t tasks = 0;
+    for (const Product& p : products_) {
+      const int64_t columns = std::min(columns_per_slice, p.n);
+      if (p.m > 0 && p.n > 0) tasks += divide_up(p.n, columns) * divide_up(p.m, rows_per_block(p, columns));
+    }
+    return tasks;
+  }
+
+  void add(int64_t product, int64_t column, int64_t columns) {
+    const Product& p = products_[product];
+    const int64_t strips = divide_up(columns, functions_.tile_columns);
+    const int64_t bytes = strips * functions_.tile_columns * functions_.panel_bytes(p.k);
+    if (batches_.empty() || (batches_.back().packed_bytes + bytes > kPackedBytes && batches_.back().num_tasks > 0)) {
+      batches_.emplace_back();
+    }
+    Batch& batch = batches_.back();
+    const int64_t rows = rows_per_block(p, columns), blocks = divide_up(p.m, rows);
+    batch.slices.push_back(
+        {product, column, columns, batch.packed_bytes, rows, blocks, batch.num_strips, batch.num_tasks});
+    batch.packed_bytes += bytes;
+    batch.num_strips += strips;
+    batch.num_tasks += blocks;
+  }
+
+  // The slice in which the `index`-th strip or task of a batch lies.
+  static const Slice& find(const Batch& batch, int64_t Slice::* first, int64_t index) {
+    const auto after = std::ranges::upper_bound(batch.slices, index, {}, first);
+    return *(after - 1);
+  }
+
+  void pack_strips(const Batch& batch, int64_t task, char* buffer) const {
+    const int64_t width = functions_.tile_columns;
+    const int64_t end = std::min((task + 1) * kStripsPerTask, batch.num_strips);
+    for (int64_t strip = task * kStripsPerTask; strip < end;) {
+      const Slice& slice = find(batch, &Slice::first_strip, strip);
+      const Product& p = products_[slice.product];
+      const int64_t first = (strip - slice.first_strip) * width;
+      const int64_t last = std::min((end - slice.first_strip) * width, slice.columns);
+      functions_.pack_b(p.b, slice.column + first, slice.column + last, p.k,
+                        buffer + slice.packed + first * functions_.panel_bytes(p.k));
+      strip = slice.first_strip + divide_up(last, width);
+    }
+  }
+
+  void multiply(const Batch& batch, int64_t task, const char* buffer) const {
     static thread_local Scratch a_scratch, c_scratch;
+    const Slice& slice = find(batch, &Slice::first_task, task);
     const Product& p = products_[slice.product];
-    // Row blocks run fastest: consecutive tasks share their B panels.
-    const int64_t row = task % slice.row_blocks * block_rows();
-    const int64_t column_begin = task / slice.row_blocks * kColumnsPerBlock;
-    const int64_t rows = std::min(block_rows(), p.m - row);
-    const int64_t columns = epilogue_ ? slice.columns : std::min(kColumnsPerBlock, slice.columns - column_begin);
-    const int64_t stride = round_up(columns, functions_.tile_columns);
-    T* const a = a_scratch.get<T>(block_rows() * p.k);
-    T* const c = c_scratch.get<T>(block_rows() * stride);
-    functions_.pack(p.a, row, row + rows, p.k, functions_.tile_rows, a);
-    functions_.multiply(rows, columns, p.k, a, packed + slice.packed + column_begin * p.k, c, stride);
+    const int64_t row = (task - slice.first_task) * slice.rows_per_block;
+    const int64_t rows = std::min(slice.rows_per_block, p.m - row);
+    const int64_t stride = round_up(slice.columns, functions_.tile_columns);
+    char* const a = a_scratch.get<char>(slice.rows_per_block * functions_.panel_bytes(p.k));
+    T* const c = c_scratch.get<T>(slice.rows_per_block * stride);
+    functions_.pack_a(p.a, row, row + rows, p.k, a);
+    functions_.multiply(rows, slice.columns, p.k, a, buffer + slice.packed, c, stride);
     if (epilogue_) {
       (*epilogue_)(slice.product, row, rows, c, stride);
     } else {
-      functions_.store(c, stride, rows, columns, p.c, row, slice.column + column_begin);
+      functions_.store(c, stride, rows, slice.columns, p.c, row, slice.column);
     }
   }
 
   const std::vector<Product>& products_;
   const RowEpilogue<T>* epilogue_;
   const GemmFunctions<T>& functions_;
-  std::vector<Slice> slices_;
-  int64_t packed_elements_ = 0;
-  int64_t num_strips_ = 0;
-  int64_t num_tasks_ = 0;
+  std::vector<Batch> batches_;
 };
-
-template <class T>
-void run(const std::vector<Product>& products, const RowEpilogue<T>* epilogue) {
-  Batch<T> batch(products, epilogue);
-  const int64_t limit = kPackedBytes / static_cast<int64_t>(sizeof(T));
-  for (size_t i = 0; i < products.size(); ++i) {
-    const Product& p = products[i];
-    if (p.m == 0 || p.n == 0) continue;
-    // Whole column blocks at a time; with an epilogue a product stays in one piece.
-    const int64_t fitting =
-        std::max(limit / std::max<int64_t>(p.k, 1) / kColumnsPerBlock, int64_t{1}) * kColumnsPerBlock;
-    const int64_t step = epilogue ? p.n : std::min(p.n, fitting);
-    for (int64_t column = 0; column < p.n; column += step) {
-      const int64_t columns = std::min(step, p.n - column);
-      if (!batch.empty() && batch.packed_elements() + columns * p.k > limit) batch.run();
-      batch.add(static_cast<int64_t>(i), column, columns);
-    }
-  }
-  if (!batch.empty()) batch.run();
-}
 
 }  // namespace
 
 template <class T>
-void run_products(const std::vector<Product>& products) {
-  run<T>(products, nullptr);
+void run_products(const std::vector<Product>& products, Precision precision) {
+  Run<T>(products, precision, nullptr)();
 }
 template <class T>
-void run_products(const std::vector<Product>& products, RowEpilogue<T> epilogue) {
-  run<T>(products, &epilogue);
+void run_products(const std::vector<Product>& products, Precision precision, RowEpilogue<T> epilogue) {
+  Run<T>(products, precision, &epilogue)();
 }
-template void run_products<float>(const std::vector<Product>&);
-template void run_products<double>(const std::vector<Product>&);
-template void run_products<float>(const std::vector<Product>&, RowEpilogue<float>);
-template void run_products<double>(const std::vector<Product>&, RowEpilogue<double>);
+template void run_products<float>(const std::vector<Product>&, Precision);
+template void run_products<double>(const std::vector<Product>&, Precision);
+template void run_products<float>(const std::vector<Product>&, Precision, RowEpilogue<float>);
+template void run_products<double>(const std::vector<Product>&, Precision, RowEpilogue<double>);
 
 Type type_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -1,7 +1,9 @@
 // Matrix products over threads, on the product core of kernels/gemm.h.
 //
-// A list of independent products runs as one pool of (product, block) tasks, so that a product with many rows and many
-// products with few use all threads alike. Every element's bits are independent of the list, the blocks and the threads.
+// A list of independent products runs as one queue of (product, block) tasks, so that a product with many rows and many
+// products with few use all threads alike. Packed B panels are made a few megabytes at a time, which stay in a shared
+// cache until they are used, and the next ones while the last are multiplied. Every element's bits are independent of the
+// list, the blocks and the threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,9 +31,14 @@ template <class T>
 using RowEpilogue = c10::function_ref<void(int64_t index, int64_t row, int64_t rows, T* values, int64_t stride)>;
 
 template <class T>
-void run_products(const std::vector<Product>& products);
+void run_products(const std::vector<Product>& products, Precision precision);
 template <class T>
-void run_products(const std::vector<Product>& products, RowEpilogue<T> epilogue);
+void run_products(const std::vector<Product>& products, Precision precision, RowEpilogue<T> epilogue);
+
+// The precision in which operands of this dtype, or rounded to it, are multiplied.
+inline Precision precision_of(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? Precision::bf16 : Precision::full;
+}
 
 Type type_of(const at::Tensor& tensor);
 

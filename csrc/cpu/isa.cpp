@@ -34,6 +34,7 @@ constexpr std::array kIsas{
     IsaEntry{Isa::baseline, "baseline", true},
     IsaEntry{Isa::avx2, "avx2", kHaveAvx2},
     IsaEntry{Isa::avx512, "avx512", kHaveAvx512},
+    IsaEntry{Isa::avx512bf16, "avx512bf16", kHaveAvx512},
 };
 
 // Exactly the extensions the compiler was allowed to use for that copy of the kernels (CMakeLists.txt).
@@ -41,15 +42,18 @@ bool cpu_supports(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512cd");
   switch (isa) {
     case Isa::baseline:
       return true;
     case Isa::avx2:
       return avx2;
     case Isa::avx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512cd");
+      return avx512;
+    case Isa::avx512bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -69,7 +73,8 @@ Isa choose_isa() {
   const char* requested = std::getenv("GLAM_CPU_ISA");
   if (requested != nullptr && *requested != '\0') {
     const auto entry = std::find_if(kIsas.begin(), kIsas.end(), [&](const IsaEntry& e) { return e.name == requested; });
-    TORCH_CHECK(entry != kIsas.end(), "glam: expected GLAM_CPU_ISA to be baseline, avx2 or avx512, got ", requested);
+    TORCH_CHECK(entry != kIsas.end(), "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512 or avx512bf16, got ",
+                requested);
     TORCH_CHECK(usable(*entry), "glam: expected GLAM_CPU_ISA to name an instruction set that this build (",
                 joined(compiled_isas()), ") and this CPU (", joined(supported_isas()), ") both have, got ", requested);
     return entry->isa;

@@ -21,15 +21,14 @@ Tensor linear(const Tensor& x, const Tensor& weight_) {
   if (y.numel() == 0) return y;
   const Tensor x_MK = x.size(-1) == 0 ? x.new_zeros({y.numel() / y.size(-1), 0}) : as_matrix(x);
   const Tensor y_MN = y.view({-1, y.size(-1)});
-  Operand b = outer_columns(weight);
-  b.round_to_bf16 = x.scalar_type() == at::kBFloat16;
   dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     run_products<decltype(zero)>({{.a = outer_rows(x_MK),
-                                   .b = b,
+                                   .b = outer_columns(weight),
                                    .c = output_to(y_MN),
                                    .m = y_MN.size(0),
                                    .n = y_MN.size(1),
-                                   .k = x_MK.size(1)}});
+                                   .k = x_MK.size(1)}},
+                                 precision_of(x.scalar_type()));
   });
   return y;
 }
@@ -46,7 +45,8 @@ Tensor weight_gradient(const Tensor& x, const Tensor& grad, at::ScalarType dtype
                                    .c = output_to(grad_weight),
                                    .m = x_MK.size(1),
                                    .n = grad_MN.size(1),
-                                   .k = x_MK.size(0)}});
+                                   .k = x_MK.size(0)}},
+                                 precision_of(grad.scalar_type()));
   });
   return grad_weight;
 }

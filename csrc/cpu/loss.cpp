@@ -32,10 +32,10 @@ void for_each_block(int64_t vocabulary, F&& f) {
 // hidden [T, D] times a block of embedding rows; `finish` gets the finished rows of values.
 template <class T, class F>
 void multiply_block(const Tensor& hidden, const Tensor& embedding, int64_t column, int64_t columns, F&& finish) {
-  Operand b = outer_rows(embedding.narrow(0, column, columns));
-  b.round_to_bf16 = hidden.scalar_type() == at::kBFloat16;
+  const Operand b = outer_rows(embedding.narrow(0, column, columns));
   run_products<T>(
       {{.a = outer_rows(hidden), .b = b, .c = {}, .m = hidden.size(0), .n = columns, .k = hidden.size(1)}},
+      precision_of(hidden.scalar_type()),
       [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) { finish(row, rows, values, stride); });
 }
 
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
   const Tensor weights_T = weights ? weights->contiguous() : Tensor();
   const int64_t num_tokens = hidden.size(0), D = hidden.size(1);
   const Tensor grad_hidden = at::zeros({num_tokens, D}, lse.options()), grad_embedding = at::empty_like(embedding);
-  const bool round = hidden.scalar_type() == at::kBFloat16;
+  const Precision precision = precision_of(hidden.scalar_type());
   dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T grad = *grad_loss.const_data_ptr<T>();
@@ -138,17 +138,16 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
             {values, stride, row, rows, vocab_start + column, columns, static_cast<T>(scale), static_cast<T>(logit_cap),
              targets.const_data_ptr<int64_t>()},
             lse_T, softmax_T.data(), target_T.data(), uniform_T.data());
-        gemm_functions<T>().store(values, stride, rows, columns, block_out, row, 0);
+        gemm_functions<T>(precision).store(values, stride, rows, columns, block_out, row, 0);
       });
       const Tensor rows = embedding.narrow(0, column, columns);
-      Operand embedding_k = outer_columns(rows);
-      embedding_k.round_to_bf16 = round;
       run_products<T>({{.a = outer_rows(block),
-                        .b = embedding_k,
+                        .b = outer_columns(rows),
                         .c = output_to(grad_hidden, true),
                         .m = num_tokens,
                         .n = D,
-                        .k = columns}});
+                        .k = columns}},
+                      precision);
       Operand hidden_k = outer_rows(hidden);
       hidden_k.rows_are_k = true;
       hidden_k.row_index = row_of_token.data();
@@ -157,7 +156,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
                         .c = output_to(grad_embedding.narrow(0, column, columns)),
                         .m = columns,
                         .n = D,
-                        .k = num_tokens}});
+                        .k = num_tokens}},
+                      precision);
     });
   });
   return {grad_hidden.to(hidden.scalar_type()), grad_embedding};

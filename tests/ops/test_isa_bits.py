@@ -1,4 +1,4 @@
-"""AVX2 and AVX-512 give the same bits in products: both are one chain of fused multiply-adds per element."""
+"""AVX2, AVX-512 and AVX-512-BF16 give the same bits in products: all are one chain of multiply-adds per element."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ torch.manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     for rows in (1, 15, 113):
-        x, w = torch.randn(rows, 301).to(dtype), torch.randn(301, 67).to(dtype)
-        digest.update(torch.ops.glam.linear_wide(x, w).numpy().tobytes())
+        x, w = (torch.randn(*size).to(dtype).requires_grad_() for size in ((rows, 301), (301, 67)))
+        y = torch.ops.glam.linear_wide(x, w)
+        torch.ops.glam.linear(x, w).backward(torch.randn(rows, 67).to(dtype))
+        for values in (y, x.grad, w.grad):  # the gradients pack transposed operands
+            digest.update(values.detach().double().numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -29,6 +32,8 @@ def digest(isa: str) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} <= SUPPORTED, reason="this CPU or build has not both AVX2 and AVX-512")
-def test_products() -> None:
-    assert digest("avx2") == digest("avx512")
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
+def test_products(isa: str) -> None:
+    if not {"avx2", isa} <= SUPPORTED:
+        pytest.skip(f"this CPU or build has not both avx2 and {isa}")
+    assert digest("avx2") == digest(isa)

@@ -25,12 +25,12 @@ void attend_one(const AttentionHead<T>& head, int64_t query, void* out, T* lse, 
   T* const scores = carve(padded_columns<T>(num_keys));
   T* const q = carve(A * kTileRows);
   T *const value = carve(A), *const row = carve(A);
-  pack_strip(query_rows(head, query), 0, 1, A, kTileRows, q);
+  pack_strips<FullPrecision<T>, kTileRows>(query_rows(head, query), 0, 1, A, q);
   const Operand keys = key_rows(head);
   for (int64_t key = 0; key < num_keys; key += kQueries<T>) {
     const int64_t valid = num_keys - key < kQueries<T> ? num_keys - key : kQueries<T>;
-    pack_strip(keys, key, valid, A, kQueries<T>, panel);
-    multiply_tile<T, 1>(A, q, panel, scores + key, 0, true);
+    pack_strips<FullPrecision<T>, kQueries<T>>(keys, key, key + valid, A, panel);
+    multiply_tile<1>(A, q, panel, scores + key, 0, true);
   }
   T largest = head.extra_logit ? T(0) : -infinity<T>;
   for (int64_t key = 0; key < num_keys; ++key)
@@ -80,8 +80,8 @@ void forward(const AttentionHead<T>& head, int64_t begin, int64_t end, void* out
   T* const q_panel = carve(A * kQueries<T>);
   T* const block_out = carve(padded_rows<T>(A) * kQueries<T>);
   T* const row = carve(A);
-  pack_strips(key_rows(head), 0, num_keys, A, kTileRows, k_panels);
-  pack_strips(value_columns(head), 0, A, num_keys, kTileRows, v_panels);
+  pack_strips<FullPrecision<T>, kTileRows>(key_rows(head), 0, num_keys, A, k_panels);
+  pack_strips<FullPrecision<T>, kTileRows>(value_columns(head), 0, A, num_keys, v_panels);
 
   for (int64_t query = begin; query < end; query += kQueries<T>) {
     const Block<T> block = make_block(head, query, end);
@@ -123,9 +123,9 @@ void backward(const AttentionHead<T>& head, int64_t S, const AttentionGradients<
   AttentionHead<T> keys_as_values = head;
   keys_as_values.v = head.k;
   keys_as_values.v_stride = head.k_stride;
-  pack_strips(key_rows(head), 0, S, A, kTileRows, k_panels);
-  pack_strips(key_rows(values), 0, S, A, kTileRows, v_panels);
-  pack_strips(value_columns(keys_as_values), 0, A, S, kTileRows, k_columns);
+  pack_strips<FullPrecision<T>, kTileRows>(key_rows(head), 0, S, A, k_panels);
+  pack_strips<FullPrecision<T>, kTileRows>(key_rows(values), 0, S, A, v_panels);
+  pack_strips<FullPrecision<T>, kTileRows>(value_columns(keys_as_values), 0, A, S, k_columns);
   for (int64_t i = 0; i < keys * wide; ++i) grad_k[i] = grad_v[i] = T(0);
 
   for (int64_t query = 0; query < S; query += Q) {
@@ -134,7 +134,7 @@ void backward(const AttentionHead<T>& head, int64_t S, const AttentionGradients<
     const Operand grad_operand{.data = advance(gradients.grad_out, head.type, query * gradients.grad_out_stride),
                                .type = head.type,
                                .row_stride = gradients.grad_out_stride};
-    pack_strip(grad_operand, 0, block.valid, A, Q, grad_panel);
+    pack_strips<FullPrecision<T>, Q>(grad_operand, 0, block.valid, A, grad_panel);
     multiply_panels(block.num_keys, Q, A, v_panels + block.key_begin * A, grad_panel, grad_scores, Q);
     score_gradients(head, block, gradients.lse + query, scores, grad_scores, gradients.grad_line);
 
@@ -144,8 +144,8 @@ void backward(const AttentionHead<T>& head, int64_t S, const AttentionGradients<
     // The same rows of q and grad_out, now as the k of products with scores.
     Operand q_operand = query_rows(head, query), grad_by_row = grad_operand;
     q_operand.rows_are_k = grad_by_row.rows_are_k = true;
-    pack_strips(q_operand, 0, A, block.valid, Q, q_rows);
-    pack_strips(grad_by_row, 0, A, block.valid, Q, grad_rows);
+    pack_strips<FullPrecision<T>, Q>(q_operand, 0, A, block.valid, q_rows);
+    pack_strips<FullPrecision<T>, Q>(grad_by_row, 0, A, block.valid, grad_rows);
     accumulate_over_queries(block, A, grad_scores, q_rows, strip, grad_k + block.key_begin * wide);
     accumulate_over_queries(block, A, scores, grad_rows, strip, grad_v + block.key_begin * wide);
   }

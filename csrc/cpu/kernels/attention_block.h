@@ -102,7 +102,7 @@ template <class T>
 inline void block_scores(const AttentionHead<T>& head, const Block<T>& block, const T* k_panels, T* q_panel,
                          T* scores) {
   constexpr int64_t Q = kQueries<T>;
-  pack_strip(query_rows(head, block.query), 0, block.valid, head.A, Q, q_panel);
+  pack_strips<FullPrecision<T>, Q>(query_rows(head, block.query), 0, block.valid, head.A, q_panel);
   multiply_panels(block.num_keys, Q, head.A, k_panels + block.key_begin * head.A, q_panel, scores, Q);
   for (int64_t i = 0; i < block.num_keys; ++i) {
     const int64_t key = block.key_begin + i, ahead = key - block.position;
@@ -207,9 +207,9 @@ inline void accumulate_over_queries(const Block<T>& block, int64_t A, const T* s
   const int64_t stride = padded_columns<T>(A);
   for (int64_t key = 0; key < block.num_keys; key += kTileRows) {
     const int64_t count = block.num_keys - key < kTileRows ? block.num_keys - key : kTileRows;
-    pack_strip(operand, key, count, block.valid, kTileRows, strip);
+    pack_strips<FullPrecision<T>, kTileRows>(operand, key, key + count, block.valid, strip);
     for (int64_t a = 0; a < A; a += kTileColumns<T>) {
-      multiply_tile<T, kTileRows>(block.valid, strip, rows + a * block.valid, c + key * stride + a, stride, false);
+      multiply_tile<kTileRows>(block.valid, strip, rows + a * block.valid, c + key * stride + a, stride, false);
     }
   }
 }

@@ -10,8 +10,12 @@ template <class T>
 struct GemmFunctions {
   int64_t tile_rows;
   int64_t tile_columns;
-  void (*pack)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, int64_t width, T* panels);
-  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const T* a_panels, const T* b_panels, T* c,
+  // Of a panel: bytes of one outer index for a depth.
+  int64_t (*panel_bytes)(int64_t depth);
+  // Panels of the outer indices [begin, end), of the A side and of the B side.
+  void (*pack_a)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
+  void (*pack_b)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
+  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, T* c,
                    int64_t c_stride);
   // values[rows][stride] -> the block of `output` whose first element is (row, column).
   void (*store)(const T* values, int64_t stride, int64_t rows, int64_t columns, const Output& output, int64_t row,
@@ -19,10 +23,16 @@ struct GemmFunctions {
 };
 
 using GemmTable = TypedTable<GemmFunctions>;
+using Bf16GemmTable = GemmFunctions<float>;
 GLAM_PER_ISA_TABLE(GemmTable, gemm_table)
+GLAM_PER_ISA_TABLE_WITH_BF16(Bf16GemmTable, bf16_gemm_table)
 
+// T is the accumulation type; bfloat16 products are accumulated in float.
 template <class T>
-const GemmFunctions<T>& gemm_functions() {
+const GemmFunctions<T>& gemm_functions(Precision precision) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (precision == Precision::bf16) return active_bf16_gemm_table();
+  }
   return functions_for<T>(active_gemm_table());
 }
 

@@ -13,6 +13,10 @@ enum class Type : int32_t { f64, f32, bf16 };
 // geglu: gelu(gate) * value, where `gate` is a second matrix of the same type and stride. GELU is its tanh form.
 enum class Transform : int32_t { none, relu, gelu, geglu };
 
+// What a product multiplies: values of the accumulation type, or both operands rounded to bfloat16 (after transform and
+// scale) with sums in float.
+enum class Precision : int32_t { full, bf16 };
+
 struct Operand {
   const void* data = nullptr;
   Type type = Type::f32;
@@ -24,7 +28,6 @@ struct Operand {
   Transform transform = Transform::none;
   const void* gate = nullptr;
   const void* row_scale = nullptr;  // of the accumulation type, one per operand row
-  bool round_to_bf16 = false;       // after transform and scale: the precision in which the product is defined
 };
 
 struct Output {
