@@ -15,6 +15,7 @@
 #include "cpu/gemm.h"
 #include "cpu/indices.h"
 #include "cpu/kernels/experts.h"
+#include "cpu/large_memory.h"
 #include "ops/checks.h"
 #include "ops/experts.h"
 
@@ -125,7 +126,7 @@ struct Hidden {
 };
 
 Hidden empty_hidden(int64_t R, int64_t F, bool geglu, const at::TensorOptions& options) {
-  return {at::empty({R, F}, options), geglu ? at::empty({R, F}, options) : at::empty({0}, options)};
+  return {empty_large({R, F}, options), geglu ? empty_large({R, F}, options) : at::empty({0}, options)};
 }
 
 void zero_unused(const Hidden& hidden, int64_t used) {
@@ -204,7 +205,8 @@ Hidden backward_hidden(const Operand& grad, const Segments& segments, const Hidd
 template <class T>
 Tensor backward_rows(const Segments& segments, const Hidden& grad_hidden, const Weights& weights) {
   const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
-  const Tensor grad_rows = at::empty({R, D}, at::TensorOptions(sizeof(T) == sizeof(double) ? at::kDouble : at::kFloat));
+  const Tensor grad_rows =
+      empty_large({R, D}, at::TensorOptions(sizeof(T) == sizeof(double) ? at::kDouble : at::kFloat));
   std::vector<Product> through_wi, through_wg;
   for (int64_t s = 0; s < segments.count(); ++s) {
     const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
@@ -265,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_forward(const Tensor& rows_, const
   const Tensor rows = rows_.contiguous();
   const Segments segments("glam::expert_mlp", offsets, rows.size(0), wi.size(0));
   const Weights weights(wi, wo, wg, rows.scalar_type());
-  const Tensor out = at::empty_like(rows);
+  const Tensor out = empty_large(rows.sizes(), rows.options());
   const Hidden hidden = dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
     return forward<decltype(zero)>(outer_rows(rows), rows, segments, weights, activation_of(activation), out);
   });
@@ -341,11 +343,11 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp_forward(const Tensor& x_, const Tenso
                                                    const Tensor& choice_of_row, const Tensor& offsets, const Tensor& wi,
                                                    const Tensor& wo, const OptionalTensor& wg,
                                                    c10::string_view activation) {
-  const Tensor x = x_.contiguous(), gates = gates_.contiguous(), y = at::empty_like(x);
+  const Tensor x = x_.contiguous(), gates = gates_.contiguous(), y = empty_large(x.sizes(), x.options());
   const PlanView plan(row_of_choice, choice_of_row);
   const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
   const Weights weights(wi, wo, wg, x.scalar_type());
-  const Tensor out = at::empty({plan.num_rows, x.size(1)}, x.options().dtype(accumulation_dtype(x.scalar_type())));
+  const Tensor out = empty_large({plan.num_rows, x.size(1)}, x.options().dtype(accumulation_dtype(x.scalar_type())));
   const Hidden hidden = dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Hidden result = forward<T>(plan.gather(x), x, segments, weights, activation_of(activation), out);
@@ -363,7 +365,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const PlanView plan(row_of_choice, choice_of_row);
   const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
   const Weights weights(wi, wo, wg, x.scalar_type());
-  const Tensor grad_x = at::empty_like(x), grad_gates = at::zeros_like(gates);
+  const Tensor grad_x = empty_large(x.sizes(), x.options()), grad_gates = at::zeros_like(gates);
   const auto gradients = experts::WeightGradients::empty(wi, wo, wg);
   dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

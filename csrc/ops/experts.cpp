@@ -14,6 +14,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "cpu/large_memory.h"
 #include "glam/ops.h"
 #include "ops/checks.h"
 #include "ops/experts.h"
@@ -216,7 +217,10 @@ MoeBackwardResult moe_backward_meta(const Tensor&, const Tensor& x, const Tensor
 }  // namespace
 
 experts::WeightGradients experts::WeightGradients::empty(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg) {
-  return {like(wi), like(wo), wg ? like(*wg) : at::empty_symint({0}, wi.options())};
+  const auto gradient = [](const Tensor& weight) {
+    return weight.is_cpu() ? cpu::empty_large(weight.sizes(), weight.options()) : like(weight);
+  };
+  return {gradient(wi), gradient(wo), wg ? gradient(*wg) : at::empty_symint({0}, wi.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> experts::forward(const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,

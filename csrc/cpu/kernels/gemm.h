@@ -18,6 +18,7 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels/activation.h"
@@ -69,25 +70,36 @@ struct Bf16Precision {
   static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2 * 2 / kDepth; }
 };
 
-// out[0..count) = elements [begin, begin + count) of operand row `row`, transformed, scaled, rounded.
-template <class T>
-inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, T* out) {
+// Row `row` of an operand: where its elements begin; null for a row of zeros.
+inline const void* row_data(const Operand& operand, int64_t row) {
   int64_t data_row = row;
   if (operand.row_index) {
     const int32_t index = operand.row_index[row];
-    if (index < 0) {
-      for (int64_t i = 0; i < count; ++i) out[i] = T(0);
-      return;
-    }
+    if (index < 0) return nullptr;
     data_row = index / operand.row_divisor;
   }
-  const int64_t offset = data_row * operand.row_stride + begin;
-  load_values(advance(operand.data, operand.type, offset), operand.type, count, out);
+  return advance(operand.data, operand.type, data_row * operand.row_stride);
+}
+
+inline bool is_plain(const Operand& operand) { return operand.transform == Transform::none && !operand.row_scale; }
+
+// out[0..count) = elements [begin, begin + count) of operand row `row`, transformed and scaled.
+template <class T>
+inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, T* out) {
+  const void* const data = row_data(operand, row);
+  if (!data) {
+    for (int64_t i = 0; i < count; ++i) out[i] = T(0);
+    return;
+  }
+  load_values(advance(data, operand.type, begin), operand.type, count, out);
   if (operand.transform == Transform::geglu) {
+    // The gate's row lies where the row's own does.
+    const int64_t offset =
+        (static_cast<const char*>(data) - static_cast<const char*>(operand.data)) / size_of(operand.type);
     T gates[kLoadChunk];
     for (int64_t done = 0; done < count; done += kLoadChunk) {
       const int64_t part = count - done < kLoadChunk ? count - done : kLoadChunk;
-      load_values(advance(operand.gate, operand.type, offset + done), operand.type, part, gates);
+      load_values(advance(operand.gate, operand.type, offset + begin + done), operand.type, part, gates);
       activate(Transform::geglu, part, out + done, gates);
     }
   } else if (operand.transform != Transform::none) {
@@ -99,14 +111,16 @@ inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t
   }
 }
 
-// The same in bfloat16.
+// The same rounded to bfloat16.
 inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, uint16_t* out) {
-  const bool plain = operand.type == Type::bf16 && operand.transform == Transform::none && !operand.row_scale;
-  if (plain && !operand.row_index) {
-    std::memcpy(out, advance(operand.data, operand.type, row * operand.row_stride + begin), 2 * count);
-  } else if (plain && operand.row_index[row] >= 0) {
-    const int64_t data_row = operand.row_index[row] / operand.row_divisor;
-    std::memcpy(out, advance(operand.data, operand.type, data_row * operand.row_stride + begin), 2 * count);
+  const void* const data = row_data(operand, row);
+  if (!data) {
+    for (int64_t i = 0; i < count; ++i) out[i] = 0;
+  } else if (is_plain(operand) && operand.type == Type::bf16) {
+    const auto* const in = static_cast<const uint16_t*>(data) + begin;
+    for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+  } else if (is_plain(operand) && operand.type == Type::f32) {
+    store_values(static_cast<const float*>(data) + begin, count, out, Type::bf16);
   } else {
     float values[kLoadChunk];
     for (int64_t done = 0; done < count; done += kLoadChunk) {
@@ -117,24 +131,46 @@ inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t
   }
 }
 
-// Elements of `count` steps from step `first` (even) of operand row `row`, whose depth is `depth`.
+// Elements [begin, begin + count) of a row where they lie already as a product wants them, or null.
 template <class T>
-inline void load_steps(FullPrecision<T>, const Operand& operand, int64_t row, int64_t first, int64_t count, int64_t,
-                       T* out) {
-  load_row(operand, row, first, count, out);
+inline const T* row_in_place(const Operand& operand, int64_t row, int64_t begin) {
+  constexpr Type type = sizeof(T) == 8 ? Type::f64 : sizeof(T) == 4 ? Type::f32 : Type::bf16;
+  if (!is_plain(operand) || operand.type != type) return nullptr;
+  const auto* const data = static_cast<const T*>(row_data(operand, row));
+  return data ? data + begin : nullptr;
 }
-inline void load_steps(Bf16Precision, const Operand& operand, int64_t row, int64_t first, int64_t count, int64_t depth,
-                       Bf16Precision::Element* out) {
+
+// Elements of `count` steps from step `first` (even) of operand row `row`, whose depth is `depth`; in place or in
+// `buffer`, whole vectors of which may be read.
+template <class T>
+inline const T* load_steps(FullPrecision<T>, const Operand& operand, int64_t row, int64_t first, int64_t count, int64_t,
+                           T* buffer) {
+  const bool whole_vectors = count % VectorOf<T>::lanes == 0;
+  if (const T* const values = whole_vectors ? row_in_place<T>(operand, row, first) : nullptr) return values;
+  load_row(operand, row, first, count, buffer);
+  return buffer;
+}
+inline const Bf16Precision::Element* load_steps(Bf16Precision, const Operand& operand, int64_t row, int64_t first,
+                                                int64_t count, int64_t depth, Bf16Precision::Element* buffer) {
+  using Element = Bf16Precision::Element;
   constexpr int kDepth = Bf16Precision::kDepth;
   const int64_t begin = first * kDepth, end = begin + count * kDepth < depth ? begin + count * kDepth : depth;
-  uint16_t values[kLoadChunk * 2];
-  load_row(operand, row, begin, end - begin, values);
-  values[end - begin] = 0;  // beyond an odd depth
   if constexpr (kDepth == 2) {
-    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(*out));
+    const bool whole_vectors = count % VectorOf<Element>::lanes == 0 && end - begin == count * kDepth;
+    const uint16_t* const values = whole_vectors ? row_in_place<uint16_t>(operand, row, begin) : nullptr;
+    if (values && reinterpret_cast<uintptr_t>(values) % sizeof(Element) == 0) {
+      return reinterpret_cast<const Element*>(values);
+    }
+    auto* const halves = reinterpret_cast<uint16_t*>(buffer);  // read as vectors, which may alias
+    load_row(operand, row, begin, end - begin, halves);
+    if (end - begin < count * kDepth) halves[end - begin] = 0;  // beyond an odd depth
   } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(values[i ^ 1]);
+    uint16_t values[kLoadChunk];
+    load_row(operand, row, begin, end - begin, values);
+    if (end - begin < count) values[end - begin] = 0;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[i ^ 1]);
   }
+  return buffer;
 }
 
 // out[l][i] = in[i][l] for vectors of as many elements as there are of them: in rounds of exchanging the off-diagonal
@@ -155,16 +191,16 @@ inline void exchange_halves(Vector* rows, std::index_sequence<kLane...>) {
   }
 }
 
-// panel[k * kWidth + i] = rows[i * row_stride + k] for i < kCount <= lanes, k < count. Reads whole vectors of rows.
+// panel[k * kWidth + i] = rows[i][k] for i < kCount <= lanes, k < count. Reads whole vectors of rows.
 template <int kWidth, int kCount, class Element>
-inline void interleave(const Element* rows, int64_t row_stride, int64_t count, Element* panel) {
+inline void interleave(const Element* const* rows, int64_t count, Element* panel) {
   using Vector = typename VectorOf<Element>::type;
   constexpr int lanes = VectorOf<Element>::lanes;
   for (int64_t k = 0; k < count; k += lanes) {
     Vector square[lanes];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      square[i] = i < kCount ? *reinterpret_cast<const Vector*>(rows + i * row_stride + k) : Vector{};
+      square[i] = i < kCount ? *reinterpret_cast<const Vector*>(rows[i] + k) : Vector{};
     }
     exchange_halves<Vector, lanes, 1>(square, std::make_index_sequence<lanes>());
     const int64_t valid = count - k < lanes ? count - k : lanes;
@@ -178,10 +214,10 @@ inline void interleave(const Element* rows, int64_t row_stride, int64_t count, E
 }
 
 template <int kWidth, int kFirst = 0, class Element>
-inline void interleave_groups(const Element* rows, int64_t row_stride, int64_t count, Element* panel) {
+inline void interleave_groups(const Element* const* rows, int64_t count, Element* panel) {
   constexpr int lanes = VectorOf<Element>::lanes, group = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
-  interleave<kWidth, group>(rows + kFirst * row_stride, row_stride, count, panel + kFirst);
-  if constexpr (kFirst + group < kWidth) interleave_groups<kWidth, kFirst + group>(rows, row_stride, count, panel);
+  interleave<kWidth, group>(rows + kFirst, count, panel + kFirst);
+  if constexpr (kFirst + group < kWidth) interleave_groups<kWidth, kFirst + group>(rows, count, panel);
 }
 
 // One strip of kWidth outer indices from `begin` (of which `valid` exist) of an operand whose rows they are, all k, into
@@ -189,45 +225,64 @@ inline void interleave_groups(const Element* rows, int64_t row_stride, int64_t c
 template <class Format, int kWidth>
 inline void pack_rows_strip(const Operand& operand, int64_t begin, int64_t valid, int64_t depth,
                             typename Format::Element* panel) {
-  constexpr int64_t kChunk = 128;
-  typename Format::Element rows[kWidth][kChunk];
+  using Element = typename Format::Element;
+  constexpr int64_t kChunk = 128;  // steps; a multiple of the lanes
+  static constexpr Element zeros[kChunk] = {};
+  Element buffer[kWidth][kChunk];
   const int64_t steps = Format::steps(depth);
   for (int64_t step = 0; step < steps; step += kChunk) {
     const int64_t part = steps - step < kChunk ? steps - step : kChunk;
+    const Element* rows[kWidth];
     for (int64_t i = 0; i < kWidth; ++i) {
-      if (i < valid) {
-        load_steps(Format(), operand, begin + i, step, part, depth, rows[i]);
-      } else if (step == 0) {
-        for (int64_t k = 0; k < kChunk; ++k) rows[i][k] = 0;
-      }
+      rows[i] = i < valid ? load_steps(Format(), operand, begin + i, step, part, depth, buffer[i]) : zeros;
     }
-    interleave_groups<kWidth>(rows[0], kChunk, part, panel + step * kWidth);
+    interleave_groups<kWidth>(rows, part, panel + step * kWidth);
   }
 }
 
-// One step of k of `count` outer indices from `begin`, of an operand whose rows are k.
-template <class T>
-inline void load_step(FullPrecision<T>, const Operand& operand, int64_t step, int64_t begin, int64_t count, int64_t,
-                      T* out) {
-  load_row(operand, step, begin, count, out);
-}
-inline void load_step(Bf16Precision, const Operand& operand, int64_t step, int64_t begin, int64_t count, int64_t depth,
-                      Bf16Precision::Element* out) {
-  uint16_t even[kLoadChunk], odd[kLoadChunk];
-  const auto load = [&](int64_t k, uint16_t* values) {
-    if (k < depth) {
-      load_row(operand, k, begin, count, values);
-    } else {
-      for (int64_t i = 0; i < count; ++i) values[i] = 0;
+// Strips for outer indices [begin, end) of an operand whose rows are k; kWidth of them each.
+template <class Format, int kWidth>
+inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
+                                typename Format::Element* panels) {
+  using Element = typename Format::Element;
+  using Value = std::conditional_t<std::is_same_v<Format, Bf16Precision>, uint16_t, Element>;
+  // A row of the operand crosses all strips: it is loaded once for as many of them as fit the buffers.
+  constexpr int64_t kRun = kLoadChunk / kWidth * kWidth;
+  static constexpr Value zeros[kRun] = {};
+  const int64_t steps = Format::steps(depth);
+  for (int64_t first = begin; first < end; first += kRun) {
+    const int64_t valid = end - first < kRun ? end - first : kRun;
+    const int64_t padded = (valid + kWidth - 1) / kWidth * kWidth;
+    Element* const block = panels + (first - begin) * steps;
+    Value buffers[2][kRun];
+    const auto load = [&](int64_t k, Value* buffer) -> const Value* {
+      if (k >= depth) return zeros;
+      if (const Value* const values = valid == padded ? row_in_place<Value>(operand, k, first) : nullptr) return values;
+      load_row(operand, k, first, valid, buffer);
+      for (int64_t i = valid; i < padded; ++i) buffer[i] = 0;
+      return buffer;
+    };
+    for (int64_t step = 0; step < steps; ++step) {
+      Element* const out = block + step * kWidth;
+      if constexpr (Format::kDepth == 2) {
+        const Value *const even = load(2 * step, buffers[0]), *const odd = load(2 * step + 1, buffers[1]);
+        for (int64_t i = 0; i < padded; i += kWidth) {
+          for (int64_t j = 0; j < kWidth; ++j) {
+            out[i * steps + j] = even[i + j] | static_cast<uint32_t>(odd[i + j]) << 16;
+          }
+        }
+      } else if constexpr (std::is_same_v<Format, Bf16Precision>) {
+        const Value* const values = load(step ^ 1, buffers[0]);
+        for (int64_t i = 0; i < padded; i += kWidth) {
+          for (int64_t j = 0; j < kWidth; ++j) out[i * steps + j] = bf16_to_float(values[i + j]);
+        }
+      } else {
+        const Value* const values = load(step, buffers[0]);
+        for (int64_t i = 0; i < padded; i += kWidth) {
+          std::memcpy(out + i * steps, values + i, kWidth * sizeof(Element));
+        }
+      }
     }
-  };
-  if constexpr (Bf16Precision::kDepth == 2) {
-    load(2 * step, even);
-    load(2 * step + 1, odd);
-    for (int64_t i = 0; i < count; ++i) out[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
-  } else {
-    load(step ^ 1, odd);
-    for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(odd[i]);
   }
 }
 
@@ -235,27 +290,12 @@ inline void load_step(Bf16Precision, const Operand& operand, int64_t step, int64
 template <class Format, int kWidth>
 inline void pack_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
                         typename Format::Element* panels) {
-  const int64_t steps = Format::steps(depth);
-  if (!operand.rows_are_k) {
-    for (int64_t i = begin; i < end; i += kWidth, panels += steps * kWidth) {
-      pack_rows_strip<Format, kWidth>(operand, i, end - i < kWidth ? end - i : kWidth, depth, panels);
-    }
+  if (operand.rows_are_k) {
+    pack_columns_strips<Format, kWidth>(operand, begin, end, depth, panels);
     return;
   }
-  // A row of the operand crosses all strips: it is loaded once for as many of them as fit the buffer.
-  typename Format::Element values[kLoadChunk];
-  constexpr int64_t kRun = kLoadChunk / kWidth * kWidth;
-  for (int64_t first = begin; first < end; first += kRun) {
-    const int64_t valid = end - first < kRun ? end - first : kRun;
-    const int64_t padded = (valid + kWidth - 1) / kWidth * kWidth;
-    for (int64_t i = valid; i < padded; ++i) values[i] = 0;
-    typename Format::Element* const block = panels + (first - begin) * steps;
-    for (int64_t step = 0; step < steps; ++step) {
-      load_step(Format(), operand, step, first, valid, depth, values);
-      for (int64_t i = 0; i < padded; i += kWidth) {
-        std::memcpy(block + i * steps + step * kWidth, values + i, kWidth * sizeof(values[0]));
-      }
-    }
+  for (int64_t i = begin; i < end; i += kWidth, panels += Format::steps(depth) * kWidth) {
+    pack_rows_strip<Format, kWidth>(operand, i, end - i < kWidth ? end - i : kWidth, depth, panels);
   }
 }
 

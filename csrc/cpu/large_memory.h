@@ -1,0 +1,16 @@
+// Memory for large tensors that every step makes anew: gradients of expert weights, activations.
+//
+// Fresh pages cost more than the arithmetic whose results fill them: the system zeroes them one by one, and gathers huge
+// ones first. So a block that is freed is kept for the next tensor of about its size. The system may take its pages back
+// whenever it needs memory (MADV_FREE), and blocks are only kept while they and those in use are together no more than
+// was ever in use at once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace glam::cpu {
+
+// An uninitialised contiguous CPU tensor; a small one is at::empty.
+at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+}  // namespace glam::cpu
