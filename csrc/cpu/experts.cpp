@@ -250,10 +250,11 @@ void backward_weights(const Operand& grad, const Operand& rows, const Segments& 
     const auto grad_pre_k = [&](const Tensor& matrix) {
       return as_reduction(outer_rows(matrix), picked_rows.data() + start);
     };
-    products.push_back({hidden_k, grad_k, output_to(gradients.wo[e]), F, D, depth});
-    products.push_back({x_k, grad_pre_k(grad_hidden.pre), output_to(gradients.wi[e]), D, F, depth});
+    products.push_back({hidden_k, grad_k, output_to_part(gradients.wo[e], gradients.wo), F, D, depth});
+    products.push_back({x_k, grad_pre_k(grad_hidden.pre), output_to_part(gradients.wi[e], gradients.wi), D, F, depth});
     if (activation == Transform::geglu) {
-      products.push_back({x_k, grad_pre_k(grad_hidden.pre_gate), output_to(gradients.wg[e]), D, F, depth});
+      products.push_back(
+          {x_k, grad_pre_k(grad_hidden.pre_gate), output_to_part(gradients.wg[e], gradients.wg), D, F, depth});
     }
   }
   run_products<T>(products, precision_of(hidden.pre.scalar_type()));

@@ -14,6 +14,7 @@ constexpr int64_t kMostRowTiles = 16;       // of a block: more rows reuse a B p
 constexpr int64_t kColumnsPerBlock = 1024;  // without an epilogue
 constexpr int64_t kPackedBytes = int64_t{4}
                                  << 20;  // of the B panels packed at a time; a product with an epilogue is whole
+constexpr int64_t kStripsPerTask = 4;    // packed at a time
 constexpr int64_t kTasksPerThread = 4;   // where there is little to do, blocks become smaller to share it
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -70,7 +71,6 @@ class Run {
   }
 
  private:
-  static constexpr int64_t kStripsPerTask = 4;
   struct Step {
     const Batch* batch;
     char* buffer;
@@ -215,6 +215,13 @@ Output output_to(const at::Tensor& matrix, bool accumulate) {
           .type = type_of(matrix),
           .row_stride = matrix.stride(0),
           .accumulate = accumulate};
+}
+
+Output output_to_part(const at::Tensor& matrix, const at::Tensor& whole) {
+  constexpr size_t kCacheBytes = size_t{16} << 20;
+  Output output = output_to(matrix);
+  output.stream = whole.nbytes() > kCacheBytes;
+  return output;
 }
 
 at::Tensor with_unit_stride(const at::Tensor& matrix) {

@@ -47,6 +47,8 @@ Type type_of(const at::Tensor& tensor);
 Operand outer_rows(const at::Tensor& matrix);
 Operand outer_columns(const at::Tensor& matrix);
 Output output_to(const at::Tensor& matrix, bool accumulate = false);
+// Part of a tensor that is written once and as a whole: past the caches if they could not hold it.
+Output output_to_part(const at::Tensor& matrix, const at::Tensor& whole);
 at::Tensor with_unit_stride(const at::Tensor& matrix);
 
 // f(T{}) with T the accumulation type of `dtype`: double for float64, otherwise float.

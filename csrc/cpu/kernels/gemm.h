@@ -14,10 +14,6 @@
 // Panels: A in strips of MR rows, [steps][MR]; B in strips of NR columns, [steps][NR]; both padded with zeros.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include <type_traits>
 #include <utility>
 
@@ -213,39 +209,73 @@ inline void interleave(const Element* const* rows, int64_t count, Element* panel
   }
 }
 
-template <int kWidth, int kFirst = 0, class Element>
-inline void interleave_groups(const Element* const* rows, int64_t count, Element* panel) {
-  constexpr int lanes = VectorOf<Element>::lanes, group = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
-  interleave<kWidth, group>(rows + kFirst, count, panel + kFirst);
-  if constexpr (kFirst + group < kWidth) interleave_groups<kWidth, kFirst + group>(rows, count, panel);
-}
-
-// One strip of kWidth outer indices from `begin` (of which `valid` exist) of an operand whose rows they are, all k, into
-// panel[steps][kWidth].
-template <class Format, int kWidth>
+// Outer indices kFirst ... kWidth - 1 of one strip (it begins at `begin`, `valid` of it exist) of an operand whose rows
+// they are, all k, into panel[steps][kWidth]. As many rows at a time as a vector has elements, in runs long enough for
+// the CPU to foresee what comes next.
+template <class Format, int kWidth, int kFirst = 0>
 inline void pack_rows_strip(const Operand& operand, int64_t begin, int64_t valid, int64_t depth,
                             typename Format::Element* panel) {
   using Element = typename Format::Element;
-  constexpr int64_t kChunk = 128;  // steps; a multiple of the lanes
+  constexpr int lanes = VectorOf<Element>::lanes, kCount = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
+  constexpr int64_t kChunk = 480;  // steps; a multiple of the lanes, and rows of the buffer do not share cache sets
   static constexpr Element zeros[kChunk] = {};
-  Element buffer[kWidth][kChunk];
+  Element buffer[kCount][kChunk];
   const int64_t steps = Format::steps(depth);
   for (int64_t step = 0; step < steps; step += kChunk) {
     const int64_t part = steps - step < kChunk ? steps - step : kChunk;
-    const Element* rows[kWidth];
-    for (int64_t i = 0; i < kWidth; ++i) {
-      rows[i] = i < valid ? load_steps(Format(), operand, begin + i, step, part, depth, buffer[i]) : zeros;
+    const Element* rows[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t row = kFirst + i;
+      rows[i] = row < valid ? load_steps(Format(), operand, begin + row, step, part, depth, buffer[i]) : zeros;
     }
-    interleave_groups<kWidth>(rows, part, panel + step * kWidth);
+    interleave<kWidth, kCount>(rows, part, panel + step * kWidth + kFirst);
+  }
+  if constexpr (kFirst + kCount < kWidth) {
+    pack_rows_strip<Format, kWidth, kFirst + kCount>(operand, begin, valid, depth, panel);
+  }
+}
+
+// One step of a strip, from rows of k as Value: that of the panel's elements, or of what is rounded to them.
+template <int kWidth, class Value>
+inline void store_step(FullPrecision<Value>, const Value* values, const Value*, Value* out) {
+  std::memcpy(out, values, kWidth * sizeof(Value));
+}
+template <int kWidth, class Value>
+inline void store_step(Bf16Precision, const Value* even, [[maybe_unused]] const Value* odd,
+                       Bf16Precision::Element* out) {
+  const auto rounded = [](Value value) {
+    if constexpr (std::is_same_v<Value, float>) {
+      return float_to_bf16(value);
+    } else {
+      return value;
+    }
+  };
+  int i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Value, float>) {
+    constexpr auto half = [](int lane) { return static_cast<short>(lane % 2 * 16 + lane / 2); };
+    using Halves __attribute__((vector_size(64))) = short;
+    const auto order = [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return Halves{half(kLane)...};
+    }(std::make_integer_sequence<int, 32>());
+    for (; i + 16 <= kWidth; i += 16) {
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16((__m512i)order, round_pair(even + i, odd + i)));
+    }
+  }
+#endif
+  for (; i < kWidth; ++i) {
+    if constexpr (Bf16Precision::kDepth == 2) {
+      out[i] = rounded(even[i]) | static_cast<uint32_t>(rounded(odd[i])) << 16;
+    } else {
+      out[i] = bf16_to_float(rounded(even[i]));
+    }
   }
 }
 
 // Strips for outer indices [begin, end) of an operand whose rows are k; kWidth of them each.
-template <class Format, int kWidth>
+template <class Format, int kWidth, class Value>
 inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
                                 typename Format::Element* panels) {
-  using Element = typename Format::Element;
-  using Value = std::conditional_t<std::is_same_v<Format, Bf16Precision>, uint16_t, Element>;
   // A row of the operand crosses all strips: it is loaded once for as many of them as fit the buffers.
   constexpr int64_t kRun = kLoadChunk / kWidth * kWidth;
   static constexpr Value zeros[kRun] = {};
@@ -253,7 +283,6 @@ inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t e
   for (int64_t first = begin; first < end; first += kRun) {
     const int64_t valid = end - first < kRun ? end - first : kRun;
     const int64_t padded = (valid + kWidth - 1) / kWidth * kWidth;
-    Element* const block = panels + (first - begin) * steps;
     Value buffers[2][kRun];
     const auto load = [&](int64_t k, Value* buffer) -> const Value* {
       if (k >= depth) return zeros;
@@ -263,24 +292,12 @@ inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t e
       return buffer;
     };
     for (int64_t step = 0; step < steps; ++step) {
-      Element* const out = block + step * kWidth;
-      if constexpr (Format::kDepth == 2) {
-        const Value *const even = load(2 * step, buffers[0]), *const odd = load(2 * step + 1, buffers[1]);
-        for (int64_t i = 0; i < padded; i += kWidth) {
-          for (int64_t j = 0; j < kWidth; ++j) {
-            out[i * steps + j] = even[i + j] | static_cast<uint32_t>(odd[i + j]) << 16;
-          }
-        }
-      } else if constexpr (std::is_same_v<Format, Bf16Precision>) {
-        const Value* const values = load(step ^ 1, buffers[0]);
-        for (int64_t i = 0; i < padded; i += kWidth) {
-          for (int64_t j = 0; j < kWidth; ++j) out[i * steps + j] = bf16_to_float(values[i + j]);
-        }
-      } else {
-        const Value* const values = load(step, buffers[0]);
-        for (int64_t i = 0; i < padded; i += kWidth) {
-          std::memcpy(out + i * steps, values + i, kWidth * sizeof(Element));
-        }
+      const bool swapped = Format::kDepth == 1 && std::is_same_v<Format, Bf16Precision>;
+      const Value* const values = load(swapped ? step ^ 1 : step * Format::kDepth, buffers[0]);
+      const Value* const next = Format::kDepth == 2 ? load(2 * step + 1, buffers[1]) : nullptr;
+      typename Format::Element* const out = panels + (first - begin) * steps + step * kWidth;
+      for (int64_t i = 0; i < padded; i += kWidth) {
+        store_step<kWidth>(Format(), values + i, next ? next + i : nullptr, out + i * steps);
       }
     }
   }
@@ -291,7 +308,13 @@ template <class Format, int kWidth>
 inline void pack_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
                         typename Format::Element* panels) {
   if (operand.rows_are_k) {
-    pack_columns_strips<Format, kWidth>(operand, begin, end, depth, panels);
+    if constexpr (std::is_same_v<Format, Bf16Precision>) {
+      const bool in_float = is_plain(operand) && operand.type == Type::f32;
+      (in_float ? pack_columns_strips<Format, kWidth, float>
+                : pack_columns_strips<Format, kWidth, uint16_t>)(operand, begin, end, depth, panels);
+    } else {
+      pack_columns_strips<Format, kWidth, typename Format::Element>(operand, begin, end, depth, panels);
+    }
     return;
   }
   for (int64_t i = begin; i < end; i += kWidth, panels += Format::steps(depth) * kWidth) {
@@ -373,10 +396,16 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
 template <class T>
 inline void store_block(const T* values, int64_t stride, int64_t rows, int64_t columns, const Output& output,
                         int64_t row, int64_t column) {
+  constexpr bool is_double = std::is_same_v<T, double>;
   T sums[kLoadChunk];
   for (int64_t i = 0; i < rows; ++i) {
     void* const out = advance(output.data, output.type, (row + i) * output.row_stride + column);
     const T* const in = values + i * stride;
+    if (output.stream && !output.accumulate && output.type == (is_double ? Type::f64 : Type::f32) &&
+        reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
+      stream_values(in, columns, static_cast<T*>(out));
+      continue;
+    }
     if (!output.accumulate) {
       store_values(in, columns, out, output.type);
       continue;
@@ -389,6 +418,7 @@ inline void store_block(const T* values, int64_t stride, int64_t rows, int64_t c
       store_values(sums, part, out_part, output.type);
     }
   }
+  if (output.stream) finish_streaming();
 }
 
 // Elements of scratch that serial_product needs beside C.

@@ -35,6 +35,7 @@ struct Output {
   Type type = Type::f32;
   int64_t row_stride = 0;
   bool accumulate = false;  // add to what is there
+  bool stream = false;      // past the caches: for what is larger than they are and not read soon
 };
 
 inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }

@@ -2,8 +2,13 @@
 // conversions between storage types and the accumulation type (float, or double for float64).
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels/operand.h"
 
@@ -44,6 +49,13 @@ inline T round_to_bf16(T value) {
   return static_cast<T>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
 }
 
+#if defined(__AVX512BF16__)
+// 16 + 16 floats as 32 bfloat16; subnormal numbers become zeros.
+inline __m512i round_pair(const float* low, const float* high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
+}
+#endif
+
 // count contiguous values of `type` at `data` as T; the loops vectorise.
 template <class T>
 inline void load_values(const void* data, Type type, int64_t count, T* out) {
@@ -59,6 +71,33 @@ inline void load_values(const void* data, Type type, int64_t count, T* out) {
   }
 }
 
+// Past the caches, in whole lines; `out` is aligned to a vector. finish_streaming() before another thread may look.
+template <class T>
+inline void stream_values(const T* in, int64_t count, T* out) {
+#if defined(__x86_64__)
+  constexpr int lanes = VectorOf<T>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+#endif
+  }
+  for (; i < count; ++i) out[i] = in[i];
+#else
+  for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+#endif
+}
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 inline void store_values(const T* in, int64_t count, void* data, Type type) {
   if (type == Type::f32) {
@@ -66,7 +105,13 @@ inline void store_values(const T* in, int64_t count, void* data, Type type) {
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
   } else if (type == Type::bf16) {
     auto* out = static_cast<uint16_t*>(data);
-    for (int64_t i = 0; i < count; ++i) out[i] = float_to_bf16(static_cast<float>(in[i]));
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, float>) {
+      for (; i + 32 <= count; i += 32) _mm512_storeu_si512(out + i, round_pair(in + i, in + i + 16));
+    }
+#endif
+    for (; i < count; ++i) out[i] = float_to_bf16(static_cast<float>(in[i]));
   } else {
     auto* out = static_cast<double*>(data);
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(in[i]);
