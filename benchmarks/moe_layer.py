@@ -1,20 +1,33 @@
-"""One MoE layer, forward and backward, against what a user of plain PyTorch writes.
+"""One MoE layer, forward and backward, against what this machine could do and against what others' users run.
 
-    python benchmarks/moe_layer.py
+    python benchmarks/moe_layer.py [--pages huge]
 
-The layer: router, top-2 gating, E ReLU experts, combine; T = 2048 tokens, D = 768, F = 3072, float32 weights with
-fresh gradients. `loop` gathers the tokens of each expert and slices the weights, as most published modules do on a CPU;
-`sort` orders the rows by expert and calls torch's grouped product. Times are medians of alternating runs.
+The layer: router, top-2 gating, plan, E ReLU experts, combine; T = 2048 tokens, D = 768, F = 3072, activations in
+bfloat16 or float32, float32 weights, balanced random routing. Everything that a step makes is made: gradients are
+fresh, or (the lines "added") added to those that are there.
+
+bound   FLOPs / dense + mandatory bytes / copy (benchmarks/reference_rates.py): float32 weights read once forward and
+        once backward, their packed copies written and read, gradients written once
+sort    rows sorted by expert and torch's grouped product, what most write today; weights cast in each step
+mixtral Transformers' Mixtral block under autocast, if it is installed, with its experts as a loop or as grouped
+        products; F = 2048, as its experts have three matrices: the same FLOPs
+loop    rows of each expert gathered, weights sliced (E = 8 only: with 64 its backward takes minutes)
+
+Peers start from the same float32 weights and produce float32 gradients. Ratios are of their medians to ours; all take
+turns. `--pages huge` runs everything with transparent huge pages for torch's own memory.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 
 import torch
 from common import medians, parser, print_header
-from torch import Tensor
+from reference_rates import copy_rate, dense_rate
+from torch import Tensor, nn
 
 T, D, F = 2048, 768, 3072
 
@@ -50,35 +63,97 @@ def sort_layer(x: Tensor, router: Tensor, wi: Tensor, wo: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, order // 2, weighted)
 
 
-LAYERS: dict[str, Callable[..., Tensor]] = {"glam": glam_layer, "loop": loop_layer, "sort": sort_layer}
+def mixtral(experts: int, implementation: str) -> nn.Module | None:
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        return None
+    config = MixtralConfig(
+        hidden_size=D, intermediate_size=F * 2 // 3, num_local_experts=experts, num_experts_per_tok=2
+    )
+    config._experts_implementation = implementation
+    block: nn.Module = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=D**-0.5)
+    return block
 
 
-def run(layer: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """Forward and backward; the gradients are dropped, so that the next run makes fresh ones."""
-    layer(*tensors).float().sum().backward()
-    for tensor in tensors:
-        tensor.grad = None
+Layer = tuple[Callable[[], Tensor], list[Tensor]]
+
+
+def layers(experts: int, dtype: torch.dtype) -> dict[str, Layer]:
+    """By name: the forward pass, and the tensors that get gradients."""
+    x = torch.randn(T, D, dtype=dtype, requires_grad=True)
+    router = torch.randn(D, experts).div_(D**0.5).requires_grad_()
+    wi = torch.randn(experts, D, F).div_(D**0.5).requires_grad_()
+    wo = torch.randn(experts, F, D).div_(F**0.5).requires_grad_()
+    inputs = [x, router, wi, wo]
+    found: dict[str, Layer] = {
+        "glam": (functools.partial(glam_layer, *inputs), inputs),
+        "sort": (functools.partial(sort_layer, *inputs), inputs),
+    }
+    names = (
+        {"eager": "mixtral loop", "grouped_mm": "mixtral grouped"}
+        if experts <= 8
+        else {"grouped_mm": "mixtral grouped"}
+    )
+    for implementation, name in names.items():
+        if (block := mixtral(experts, implementation)) is None:
+            continue
+
+        def run(block: nn.Module = block) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                return block(x.view(1, T, D))
+
+        found[name] = (run, [x, *block.parameters()])
+    if experts <= 8:
+        found["loop"] = (functools.partial(loop_layer, *inputs), inputs)
+    return found
+
+
+def step(layer: Layer, keep_gradients: bool) -> None:
+    forward, inputs = layer
+    y = forward()
+    y.backward(torch.ones_like(y))
+    if not keep_gradients:
+        for tensor in inputs:
+            tensor.grad = None
+
+
+def bound(experts: int, dtype: torch.dtype, dense: float, copy: float) -> float:
+    weights = 2 * experts * D * F * 4
+    packed = 2 * weights if dtype == torch.float32 else weights
+    flops = 3 * 2 * (2 * 2 * T * D * F)
+    return flops / dense + (2 * weights + 2 * packed + weights) / copy
 
 
 def main() -> None:
-    arguments = parser(__doc__ or "").parse_args()
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--pages", choices=("default", "huge"), default="default")
+    arguments.add_argument("--experts", type=int, nargs="+", default=[8, 64])
+    chosen = arguments.parse_args()
+    if chosen.pages == "huge" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"})
     print_header()
-    print("dtype     E    threads  glam ms   loop / glam   sort / glam")
-    for experts in (8, 64):
-        router = torch.randn(D, experts).div_(D**0.5).requires_grad_()
-        wi = torch.randn(experts, D, F).div_(D**0.5).requires_grad_()
-        wo = torch.randn(experts, F, D).div_(F**0.5).requires_grad_()
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(T, D, dtype=dtype, requires_grad=True)
-            for threads in arguments.threads:
-                torch.set_num_threads(threads)
-                # With 64 experts the loop's backward writes a full-size gradient per slice: minutes, so left out.
-                names = ["glam", "loop", "sort"] if experts <= 8 else ["glam", "sort"]
-                calls = {name: functools.partial(run, LAYERS[name], x, router, wi, wo) for name in names}
-                seconds = medians(calls, arguments.repeats)
-                ratio = {name: f"{value / seconds['glam']:.2f}" for name, value in seconds.items()}
-                setting = f"{str(dtype)[6:]:9} {experts:<4} {threads:<8} {seconds['glam'] * 1e3:<9.1f}"
-                print(setting, f"{ratio.get('loop', '-'):<13} {ratio['sort']}")
+    for threads in chosen.threads:
+        torch.set_num_threads(threads)
+        copy = copy_rate(chosen.repeats)
+        print(f"\n{threads} threads: copy {copy / 1e9:.1f} GB/s")
+        for dtype in (torch.bfloat16, torch.float32):
+            dense, whose = dense_rate(dtype, T, D, F, chosen.repeats)
+            print(f"{str(dtype)[6:]}: dense {dense / 1e9:.0f} GFLOP/s ({whose})")
+            for experts in chosen.experts:
+                everything = layers(experts, dtype)
+                fresh = medians(
+                    {n: functools.partial(step, layer, False) for n, layer in everything.items()}, chosen.repeats
+                )
+                limit, ours = bound(experts, dtype, dense, copy), fresh["glam"]
+                peers = "  ".join(f"{name} {value / ours:.2f}" for name, value in fresh.items() if name != "glam")
+                print(f"  E {experts:<4} {ours * 1e3:8.1f} ms, {ours / limit:.2f} of the bound; {peers}")
+                added = medians({"glam": functools.partial(step, everything["glam"], True)}, chosen.repeats)["glam"]
+                print(f"         added {added * 1e3:8.1f} ms, {added / ours:.2f} of fresh")
+                del everything
 
 
 if __name__ == "__main__":

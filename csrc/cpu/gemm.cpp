@@ -14,6 +14,7 @@ constexpr int64_t kMostRowTiles = 16;       // of a block: more rows reuse a B p
 constexpr int64_t kColumnsPerBlock = 1024;  // without an epilogue
 constexpr int64_t kPackedBytes = int64_t{4}
                                  << 20;  // of the B panels packed at a time; a product with an epilogue is whole
+constexpr int64_t kBuffers = 3;          // of packed panels
 constexpr int64_t kStripsPerTask = 4;    // packed at a time
 constexpr int64_t kTasksPerThread = 4;   // where there is little to do, blocks become smaller to share it
 
@@ -42,27 +43,27 @@ class Run {
 
   void operator()() {
     make_batches();
-    if (batches_.empty()) return;
     int64_t buffer_bytes = 0;
-    for (const Batch& batch : batches_) buffer_bytes = std::max(buffer_bytes, batch.packed_bytes);
+    for (const Batch& batch : batches_) buffer_bytes = std::max(buffer_bytes, round_up(batch.packed_bytes, 64));
+    const auto num_batches = static_cast<int64_t>(batches_.size());
     static thread_local Scratch scratch;
-    buffer_bytes = round_up(buffer_bytes, 64);
-    char* const buffers = scratch.get<char>(buffer_bytes * (batches_.size() > 1 ? 2 : 1));
+    char* const buffers = scratch.get<char>(buffer_bytes * std::min(num_batches, kBuffers));
 
-    // In the order pack 0, pack 1, multiply 0, pack 2, multiply 1, ...: two buffers are enough.
+    // In the order pack 0, pack 1, multiply 0, pack 2, multiply 1, ...: a buffer is free again kBuffers batches later.
     Phases phases;
     std::vector<Step> steps;
-    std::vector<int64_t> packed(batches_.size()), multiplied(batches_.size());
-    const auto pack = [&](size_t b) {
-      packed[b] =
-          phases.add(divide_up(batches_[b].num_strips, kStripsPerTask), b >= 2 ? multiplied[b - 2] : Phases::kNone);
-      steps.push_back({&batches_[b], buffers + b % 2 * buffer_bytes, true});
+    std::vector<int64_t> multiplied;
+    const auto pack = [&](int64_t b) {
+      steps.push_back({&batches_[b], buffers + b % kBuffers * buffer_bytes, true});
+      return phases.add(divide_up(batches_[b].num_strips, kStripsPerTask),
+                        b >= kBuffers ? multiplied[b - kBuffers] : Phases::kNone);
     };
-    pack(0);
-    for (size_t b = 0; b < batches_.size(); ++b) {
-      if (b + 1 < batches_.size()) pack(b + 1);
-      multiplied[b] = phases.add(batches_[b].num_tasks, packed[b]);
-      steps.push_back({&batches_[b], buffers + b % 2 * buffer_bytes, false});
+    int64_t packed = num_batches > 0 ? pack(0) : Phases::kNone;
+    for (int64_t b = 0; b < num_batches; ++b) {
+      const int64_t next = b + 1 < num_batches ? pack(b + 1) : Phases::kNone;
+      steps.push_back({&batches_[b], steps[packed].buffer, false});
+      multiplied.push_back(phases.add(batches_[b].num_tasks, packed));
+      packed = next;
     }
     phases.run([&](int64_t phase, int64_t task) {
       const Step& step = steps[phase];

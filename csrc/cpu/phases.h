@@ -14,6 +14,7 @@ namespace glam::cpu {
 class Phases {
  public:
   static constexpr int64_t kNone = -1;
+  static constexpr int64_t kSpins = 2000;  // looks before a thread lets another one have its core
 
   // A phase of `tasks` tasks, which begin once phase `after`, an earlier one, is complete. Returns its index.
   int64_t add(int64_t tasks, int64_t after = kNone) {
@@ -35,8 +36,9 @@ class Phases {
       for (int64_t task = next++; task < num_tasks_ && !failed; task = next++) {
         while (task >= phases_[phase].first_task + phases_[phase].num_tasks) ++phase;
         const int64_t after = phases_[phase].after;
-        while (after != kNone && remaining[after].load(std::memory_order_acquire) > 0 && !failed) {
-          std::this_thread::yield();
+        const auto must_wait = [&] { return after != kNone && remaining[after].load(std::memory_order_acquire) > 0; };
+        for (int64_t spins = 0; must_wait() && !failed; ++spins) {
+          if (spins >= kSpins) std::this_thread::yield();
         }
         if (failed) return;
         run_task(static_cast<int64_t>(phase), task - phases_[phase].first_task);

@@ -217,7 +217,7 @@ inline void pack_rows_strip(const Operand& operand, int64_t begin, int64_t valid
                             typename Format::Element* panel) {
   using Element = typename Format::Element;
   constexpr int lanes = VectorOf<Element>::lanes, kCount = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
-  constexpr int64_t kChunk = 480;  // steps; a multiple of the lanes, and rows of the buffer do not share cache sets
+  constexpr int64_t kChunk = std::is_same_v<Format, Bf16Precision> ? 1552 : 464;  // steps; a multiple of the lanes
   static constexpr Element zeros[kChunk] = {};
   Element buffer[kCount][kChunk];
   const int64_t steps = Format::steps(depth);
