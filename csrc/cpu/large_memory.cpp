@@ -83,9 +83,9 @@ class LargeMemory final : public c10::Allocator {
     used_bytes_ += bytes;
     peak_bytes_ = std::max(peak_bytes_, used_bytes_);
   }
-  // Oldest first.
+  // Oldest first. The quarter is for calls of other shapes in between, which would otherwise cost the largest blocks.
   void drop_beyond_peak() {
-    while (used_bytes_ + kept_bytes_ > peak_bytes_) {
+    while (used_bytes_ + kept_bytes_ > peak_bytes_ + peak_bytes_ / 4) {
       kept_bytes_ -= kept_.front().bytes;
       std::free(kept_.front().data);
       kept_.pop_front();

@@ -2,8 +2,8 @@
 //
 // Fresh pages cost more than the arithmetic whose results fill them: the system zeroes them one by one, and gathers huge
 // ones first. So a block that is freed is kept for the next tensor of about its size. The system may take its pages back
-// whenever it needs memory (MADV_FREE), and blocks are only kept while they and those in use are together no more than
-// was ever in use at once.
+// whenever it needs memory (MADV_FREE), and what is kept and in use together is never more than five quarters of what
+// was once in use at the same time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
