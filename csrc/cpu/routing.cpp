@@ -16,6 +16,7 @@
 
 #include "cpu/indices.h"
 #include "cpu/kernels/rows.h"
+#include "cpu/large_memory.h"
 #include "ops/routing.h"
 
 namespace glam::cpu {
@@ -132,7 +133,7 @@ Tensor dispatch(const Tensor& x_, const Tensor& row_of_choice, const Tensor& cho
   const int64_t D = x_.size(1), K = row_of_choice.size(1), R = choice_of_row_.size(0);
   const Tensor x = x_.contiguous();
   const Tensor choice_of_row = checked_map("glam::dispatch", "choice_of_row", choice_of_row_, row_of_choice.numel());
-  Tensor rows = at::empty({R, D}, x.options());
+  const Tensor rows = empty_large({R, D}, x.options());
   if (rows.numel() == 0) return rows;
   const auto* const choice_of_row_R = choice_of_row.const_data_ptr<int32_t>();
   const int64_t row_bytes = D * x.element_size();
@@ -177,7 +178,7 @@ Tensor gather_sum(const char* op, const Tensor& rows_, const OptionalTensor& gat
   const int64_t T = row_of_choice_.size(0), K = row_of_choice_.size(1), D = rows_.size(1);
   const Tensor rows = rows_.contiguous(), gates = gates_ ? gates_->contiguous() : Tensor();
   const Tensor row_of_choice = checked_map(op, "row_of_choice", row_of_choice_, rows.size(0));
-  Tensor y = at::empty({T, D}, rows.options());
+  const Tensor y = empty_large({T, D}, rows.options());
   dispatch_rows(rows.scalar_type(), [&]<class Scalar>(const RowFunctions<Scalar>& functions, Scalar) {
     using Sum = SumOf<Scalar>;
     at::parallel_for(0, T, row_grain(D * K), [&](int64_t begin, int64_t end) {
@@ -208,7 +209,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_y_, const Tensor&
   const Tensor grad_y = grad_y_.contiguous(), rows = rows_.contiguous(), gates = gates_.contiguous();
   const Tensor choice_of_row =
       checked_map("glam::_combine_backward", "choice_of_row", choice_of_row_, row_of_choice.numel());
-  Tensor grad_rows = at::empty(rows.sizes(), rows.options());
+  const Tensor grad_rows = empty_large(rows.sizes(), rows.options());
   Tensor grad_gates = at::zeros(gates.sizes(), gates.options());
   dispatch_rows(rows.scalar_type(), [&]<class Scalar>(const RowFunctions<Scalar>& functions, Scalar) {
     using Sum = SumOf<Scalar>;
