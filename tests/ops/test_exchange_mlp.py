@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import levels, samples
@@ -37,6 +38,44 @@ def test_chunks_give_the_bits_of_one() -> None:
     for chunks, splits in ((1, [9]), (2, [3, 6]), (4, [3, 0, 5, 1])):
         for actual, wanted in zip(bits(partial(chunked, chunks=chunks, splits=splits)), expected, strict=True):
             assert torch.equal(actual, wanted)
+
+
+class _Done(dist.Work):
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+
+class _Alone(dist.ProcessGroup):
+    """A group of one rank that goes through the transfers of many, each a range in a profile."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+        torch._C._distributed_c10d._register_process_group("alone", self)
+
+    def all_to_all_single(self, out: Tensor, rows: Tensor, *_: Any) -> dist.Work:
+        with torch.profiler.record_function("transfer"):
+            out.copy_(rows)
+        return _Done()
+
+    alltoall_base = all_to_all_single  # its name before torch 2.13
+
+
+def test_rows_travel_before_the_weights_gradients_are_computed() -> None:
+    rows, offsets, out_splits, in_splits, *weights, activation, _, chunks = BASE.args
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+    group = _Alone()
+    y = torch.ops.glam.exchange_mlp(rows, offsets, out_splits, in_splits, *leaves, activation, "alone", chunks)
+    assert torch.equal(y, torch.ops.glam.exchange_mlp(*BASE.args))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y.sum().backward()
+    del group
+    steps = ("transfer", "glam::_expert_mlp_backward_rows", "glam::_expert_mlp_backward_weights")
+    events = sorted((e for e in profile.events() if e.name in steps), key=lambda e: e.time_range.start)
+    assert [event.name.rpartition("_")[2] for event in events] == [
+        *("transfer", "transfer"),  # both chunks' ways in
+        *("rows", "transfer", "weights"),
+        *("rows", "transfer", "weights"),
+    ]
 
 
 def test_one_weight_alone_gets_its_gradient() -> None:
