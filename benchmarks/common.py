@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,13 +36,17 @@ def print_header() -> None:
 
 
 def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; they take turns, so that a slow moment of the machine meets all of them."""
+    """Median seconds of each; they take turns, so that a slow moment of the machine meets all of them.
+
+    The order is drawn anew each turn, so that none always follows the same one; it is the same in every process.
+    """
+    order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call()
     for _ in range(repeats):
-        for name, call in contenders.items():
+        for name in order.sample(list(contenders), len(contenders)):
             start = time.perf_counter()
-            call()
+            contenders[name]()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
