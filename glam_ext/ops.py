@@ -124,7 +124,7 @@ def exchange(rows: Tensor, out_splits: Sequence[int] = (), in_splits: Sequence[i
     Args:
         rows: [R, ...]; those after the first sum(in_splits) stay and get zero gradient.
         out_splits: P counts of rows to receive; with in_splits empty: R / P from and to each rank.
-        in_splits: P counts of rows to send.
+        in_splits: P counts of rows to send; this rank's own entry is that of out_splits.
         group: the name of a process group, whose ranks must all make the call; "" is this process alone.
 
     Returns:

@@ -65,8 +65,8 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& gates, const at::Te
 at::Tensor exchange_counts(const at::Tensor& offsets, std::string_view group);
 
 // Sends in_splits[p] rows to rank p, in order from row 0, and returns the out_splits[p] rows that came from each, in rank
-// order: [sum(out_splits), ...]. Empty splits: R / P rows to and from every rank. Rows that are not sent get zero
-// gradient. The group's ranks must all call it.
+// order: [sum(out_splits), ...]. This rank's own entry is the same in both. Empty splits: R / P rows to and from every
+// rank. Rows that are not sent get zero gradient. The group's ranks must all call it.
 at::Tensor exchange(const at::Tensor& rows, at::IntArrayRef out_splits, at::IntArrayRef in_splits,
                     std::string_view group);
 
