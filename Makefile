@@ -1,6 +1,7 @@
 # make demo    train, export and run a small model from nothing    make lint    clang-format, ruff, mypy
 # make test    build and run the fast tests                        make bench   the benchmarks
 # make test-all  also the slow ones (wheels, fault loops, demo)    make dev     build in place, for work on the sources
+# make sanitize  the ops' tests with address and undefined behaviour sanitizers (gcc)
 #
 # Everything is installed into .venv. A machine needs python3 >= 3.10 with venv and headers, a C++20 compiler and make.
 # Another torch: make test TORCH="torch==2.12.1". Fewer compile jobs: MAX_JOBS=1.
@@ -16,7 +17,7 @@ SOURCES := $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmak
 	$(wildcard glam_ext/functional.py) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format bench dev clean
+.PHONY: demo test test-all lint format bench sanitize dev clean
 
 dev: $(VENV)/.built
 
@@ -42,6 +43,21 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	@for script in $(filter-out $(addprefix benchmarks/,common.py ranks.py reference_rates.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+
+# The ops' tests on a build with the sanitizers, in a copy: Python finds the package beside the tests it runs.
+SANITIZED := build/sanitize/package
+SANITIZERS = $(shell $(or $(CXX),g++) -print-file-name=libasan.so):$(shell $(or $(CXX),g++) -print-file-name=libubsan.so)
+
+sanitize: $(VENV)/.installed
+	$(VENV)/bin/cmake -S . -B build/sanitize/cmake -G Ninja -DGLAM_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(PY)) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+	  -DCMAKE_PREFIX_PATH=$$($(PY) -c "import torch; print(torch.utils.cmake_prefix_path)") \
+	  -DGLAM_EXTRA_RPATH=$$($(PY) -c "import os, torch; print(os.path.dirname(torch.__file__) + '/lib')")
+	$(VENV)/bin/cmake --build build/sanitize/cmake --parallel $(MAX_JOBS)
+	$(VENV)/bin/cmake --install build/sanitize/cmake --prefix $(SANITIZED)
+	tar -c --exclude=glam_ext/lib --exclude='glam_ext/_C*.so' glam_ext tests pyproject.toml | tar -x -C $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q \
+	  -p no:cacheprovider -k "not compile and not threads" tests/ops $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info glam_ext/lib glam_ext/include glam_ext/share glam_ext/_C*.so $(VENV)/.built

@@ -11,6 +11,15 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
 endif()
 
+# For `make sanitize`: every error of these kinds ends the program.
+option(GLAM_SANITIZE "Build with the address and undefined behaviour sanitizers" OFF)
+if(GLAM_SANITIZE)
+  # vptr needs the type information of torch's classes, which torch hides.
+  add_compile_options(-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr
+                      -fno-sanitize-recover=undefined)
+  add_link_options(-fsanitize=address,undefined)
+endif()
+
 find_program(CCACHE_PROGRAM ccache)
 if(CCACHE_PROGRAM AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE_PROGRAM})

@@ -2,6 +2,7 @@
 // exist only to keep the threads busy and change no bit.
 
 #include "cpu/kernels/attention.h"
+#include "cpu/large_memory.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const OptionalTensor& segment_ids, bool extra_logit, double logit_cap) {
   checks::relative_attention(q, k, v, bias, segment_ids, logit_cap);
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2);
-  const Tensor out = at::empty(q.sizes(), q.options());
+  const Tensor out = empty_large(q.sizes(), q.options());
   const Tensor lse = at::empty({B, H, S}, q.options().dtype(accumulation_dtype(q.scalar_type())));
   dispatch_accumulation(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -144,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
                                                     const OptionalTensor& segment_ids, const Tensor& lse_,
                                                     bool extra_logit, double logit_cap) {
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), A = q.size(3);
-  const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(q.sizes(), q.options());
-  const Tensor grad_v = at::empty(q.sizes(), q.options()), grad = with_rows(grad_), lse = lse_.contiguous();
+  const Tensor grad_q = empty_large(q.sizes(), q.options()), grad_k = empty_large(q.sizes(), q.options());
+  const Tensor grad_v = empty_large(q.sizes(), q.options()), grad = with_rows(grad_), lse = lse_.contiguous();
   Tensor grad_bias;
   dispatch_accumulation(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -202,7 +203,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_cache, 
   }
   write_cache(k, k_cache, position_B);
   write_cache(v, v_cache, position_B);
-  const Tensor out = at::empty(q.sizes(), q.options());
+  const Tensor out = empty_large(q.sizes(), q.options());
   dispatch_accumulation(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const BiasLines<T> lines(bias, length);

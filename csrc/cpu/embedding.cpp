@@ -2,8 +2,6 @@
 // the columns over threads, so that a frequent id is everybody's work and every sum keeps its order.
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,6 +10,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/embedding.h"
+#include "cpu/large_memory.h"
 #include "ops/checks.h"
 
 namespace glam::cpu {
@@ -31,7 +30,7 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
   }
   auto sizes = ids.sizes().vec();
   sizes.push_back(D);
-  const Tensor y = at::empty(sizes, table.options());
+  const Tensor y = empty_large(sizes, table.options());
   if (y.numel() == 0) return y;
   const size_t row_bytes = static_cast<size_t>(D) * table.element_size();
   const auto* const from = static_cast<const char*>(table.const_data_ptr());
@@ -45,7 +44,7 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
 Tensor backward(const Tensor& grad_, const Tensor& ids_, int64_t num_rows) {
   const Tensor grad = grad_.contiguous(), ids = ids_.to(at::kLong).contiguous();
   const int64_t D = grad.size(-1), T = ids.numel();
-  const Tensor grad_table = at::zeros({num_rows, D}, grad.options());
+  const Tensor grad_table = empty_large({num_rows, D}, grad.options()).zero_();
   if (grad.numel() == 0) return grad_table;
   const auto* id = ids.const_data_ptr<int64_t>();
   std::vector<int64_t> order(T), starts, used;

@@ -1,8 +1,7 @@
 // CPU kernels of glam::linear: one product forward, one for the weight gradient.
 
-#include <ATen/ops/empty.h>
-
 #include "cpu/gemm.h"
+#include "cpu/large_memory.h"
 #include "ops/checks.h"
 
 namespace glam::cpu {
@@ -17,7 +16,7 @@ Tensor linear(const Tensor& x, const Tensor& weight_) {
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(1);
   const auto dtype = wide ? accumulation_dtype(x.scalar_type()) : x.scalar_type();
-  const Tensor y = at::empty(sizes, x.options().dtype(dtype));
+  const Tensor y = empty_large(sizes, x.options().dtype(dtype));
   if (y.numel() == 0) return y;
   const Tensor x_MK = x.size(-1) == 0 ? x.new_zeros({y.numel() / y.size(-1), 0}) : as_matrix(x);
   const Tensor y_MN = y.view({-1, y.size(-1)});
@@ -35,14 +34,14 @@ Tensor linear(const Tensor& x, const Tensor& weight_) {
 
 // grad_weight[k, n] = sum over rows m of x[m, k] grad[m, n]
 Tensor weight_gradient(const Tensor& x, const Tensor& grad, at::ScalarType dtype) {
-  const Tensor grad_weight = at::empty({x.size(-1), grad.size(-1)}, x.options().dtype(dtype));
+  const Tensor grad_weight = empty_large({x.size(-1), grad.size(-1)}, x.options().dtype(dtype));
   if (grad_weight.numel() == 0) return grad_weight;
   if (x.numel() == 0) return grad_weight.zero_();
   const Tensor x_MK = as_matrix(x), grad_MN = as_matrix(grad);
   dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     run_products<decltype(zero)>({{.a = outer_rows(x_MK.t()),
                                    .b = outer_columns(grad_MN),
-                                   .c = output_to(grad_weight),
+                                   .c = output_to_part(grad_weight, grad_weight),
                                    .m = x_MK.size(1),
                                    .n = grad_MN.size(1),
                                    .k = x_MK.size(0)}},

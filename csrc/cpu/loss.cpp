@@ -12,6 +12,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/loss.h"
+#include "cpu/large_memory.h"
 #include "ops/common.h"
 
 namespace glam::cpu {
@@ -113,7 +114,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
   const Tensor hidden = hidden_.contiguous(), embedding = embedding_.contiguous(), targets = targets_.contiguous();
   const Tensor weights_T = weights ? weights->contiguous() : Tensor();
   const int64_t num_tokens = hidden.size(0), D = hidden.size(1);
-  const Tensor grad_hidden = at::zeros({num_tokens, D}, lse.options()), grad_embedding = at::empty_like(embedding);
+  const Tensor grad_hidden = at::zeros({num_tokens, D}, lse.options()),
+               grad_embedding = empty_large(embedding.sizes(), embedding.options());
   const Precision precision = precision_of(hidden.scalar_type());
   dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -129,7 +131,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
       target_T[t] = weight * static_cast<T>(1 - label_smoothing);
       uniform_T[t] = weight * static_cast<T>(label_smoothing / vocabulary);
     }
-    const Tensor grad_logits = at::empty({num_tokens, std::min(kVocabularyBlock, embedding.size(0))}, hidden.options());
+    const Tensor grad_logits =
+        empty_large({num_tokens, std::min(kVocabularyBlock, embedding.size(0))}, hidden.options());
     for_each_block(embedding.size(0), [&](int64_t column, int64_t columns) {
       const Tensor block = grad_logits.narrow(1, 0, columns);
       const Output block_out = output_to(block);
@@ -153,7 +156,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
       hidden_k.row_index = row_of_token.data();
       run_products<T>({{.a = outer_rows(block.t()),
                         .b = hidden_k,
-                        .c = output_to(grad_embedding.narrow(0, column, columns)),
+                        .c = output_to_part(grad_embedding.narrow(0, column, columns), grad_embedding),
                         .m = columns,
                         .n = D,
                         .k = num_tokens}},

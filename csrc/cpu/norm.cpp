@@ -2,6 +2,7 @@
 // the blocks' order, whatever the threads.
 
 #include "cpu/kernels/norm.h"
+#include "cpu/large_memory.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -27,7 +28,7 @@ Tensor accumulation_copy(const Tensor& scale, at::ScalarType x_dtype) {
 Tensor forward(const Tensor& x_, const Tensor& scale_, double eps) {
   checks::rms_norm(x_, scale_);
   const Tensor x = x_.contiguous();
-  const Tensor y = at::empty(x.sizes(), x.options());
+  const Tensor y = empty_large(x.sizes(), x.options());
   if (x.numel() == 0) return y;
   const int64_t D = x.size(-1), rows = x.numel() / D;
   const Type type = type_of(x);
@@ -49,7 +50,7 @@ Tensor forward(const Tensor& x_, const Tensor& scale_, double eps) {
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_, const Tensor& x_, const Tensor& scale_, double eps) {
   const Tensor grad = grad_.contiguous(), x = x_.contiguous();
-  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const Tensor grad_x = empty_large(x.sizes(), x.options());
   const Tensor scale = accumulation_copy(scale_, x.scalar_type());
   Tensor grad_scale = at::empty(scale.sizes(), scale.options());
   if (x.numel() == 0) return {grad_x, grad_scale.zero_().to(scale_.scalar_type())};

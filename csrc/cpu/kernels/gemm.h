@@ -161,7 +161,7 @@ inline const Bf16Precision::Element* load_steps(Bf16Precision, const Operand& op
     load_row(operand, row, begin, end - begin, halves);
     if (end - begin < count * kDepth) halves[end - begin] = 0;  // beyond an odd depth
   } else {
-    uint16_t values[kLoadChunk];
+    uint16_t values[kLoadChunk];  // count < kLoadChunk
     load_row(operand, row, begin, end - begin, values);
     if (end - begin < count) values[end - begin] = 0;
     for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[i ^ 1]);
@@ -217,7 +217,7 @@ inline void pack_rows_strip(const Operand& operand, int64_t begin, int64_t valid
                             typename Format::Element* panel) {
   using Element = typename Format::Element;
   constexpr int lanes = VectorOf<Element>::lanes, kCount = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
-  constexpr int64_t kChunk = std::is_same_v<Format, Bf16Precision> ? 1552 : 464;  // steps; a multiple of the lanes
+  constexpr int64_t kChunk = Format::kDepth == 2 ? 1552 : 464;  // steps; a multiple of the lanes
   static constexpr Element zeros[kChunk] = {};
   Element buffer[kCount][kChunk];
   const int64_t steps = Format::steps(depth);
