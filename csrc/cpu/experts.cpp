@@ -16,6 +16,7 @@
 #include "cpu/indices.h"
 #include "cpu/kernels/experts.h"
 #include "cpu/large_memory.h"
+#include "cpu/row_functions.h"
 #include "ops/checks.h"
 #include "ops/experts.h"
 
@@ -331,12 +332,16 @@ struct PlanView {
   }
 };
 
+// rows are in the accumulation type T.
 template <class T>
 void combine(const Tensor& rows, const PlanView& plan, const T* gates, const Tensor& y) {
-  const Output output = output_to(y);
-  at::parallel_for(0, plan.num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-    expert_functions<T>().combine(rows.const_data_ptr<T>(), y.size(1), plan.rows(), plan.num_choices, gates, begin, end,
-                                  output);
+  dispatch_rows(y.scalar_type(), [&]<class Scalar>(const RowFunctions<Scalar>& functions, Scalar) {
+    if constexpr (std::is_same_v<SumOf<Scalar>, T>) {
+      at::parallel_for(0, plan.num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+        functions.combine_sums(rows.const_data_ptr<T>(), gates, plan.rows(), begin, end, plan.num_choices, y.size(1),
+                               static_cast<Scalar*>(y.mutable_data_ptr()));
+      });
+    }
   });
 }
 

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "cpu/indices.h"
-#include "cpu/kernels/rows.h"
 #include "cpu/large_memory.h"
+#include "cpu/row_functions.h"
 #include "ops/routing.h"
 
 namespace glam::cpu {
@@ -149,19 +149,6 @@ Tensor dispatch(const Tensor& x_, const Tensor& row_of_choice, const Tensor& cho
     }
   });
   return rows;
-}
-
-// f(functions, Scalar*-typed tag) for the dtype of the rows.
-template <class F>
-void dispatch_rows(at::ScalarType dtype, F&& f) {
-  const RowTable& table = active_row_table();
-  if (dtype == at::kDouble) {
-    f(table.f64, double{});
-  } else if (dtype == at::kFloat) {
-    f(table.f32, float{});
-  } else {
-    f(table.bf16, Bf16{});
-  }
 }
 
 template <class Scalar>

@@ -56,30 +56,8 @@ void backward_rows(const ExpertBackwardRows<T>& block) {
   }
 }
 
-template <class T>
-void combine(const T* rows, int64_t dim, const int32_t* row_of_choice, int64_t num_choices, const T* gates,
-             int64_t begin, int64_t end, const Output& y) {
-  T sums[kChunk];
-  for (int64_t token = begin; token < end; ++token) {
-    for (int64_t column = 0; column < dim; column += kChunk) {
-      const int64_t count = dim - column < kChunk ? dim - column : kChunk;
-      for (int64_t i = 0; i < count; ++i) sums[i] = T(0);
-      for (int64_t choice = token * num_choices; choice < (token + 1) * num_choices; ++choice) {
-        if (row_of_choice[choice] < 0) continue;
-        const T* const row = rows + row_of_choice[choice] * dim + column;
-        const T gate = gates ? gates[choice] : T(1);
-        for (int64_t i = 0; i < count; ++i) sums[i] += gate * row[i];
-      }
-      store_values(sums, count, advance(y.data, y.type, token * y.row_stride + column), y.type);
-    }
-  }
-}
-
 }  // namespace
 
-extern const ExpertTable expert_table = {
-    {&backward_rows<float>, &combine<float>},
-    {&backward_rows<double>, &combine<double>},
-};
+extern const ExpertTable expert_table = {{&backward_rows<float>}, {&backward_rows<double>}};
 
 }  // namespace glam::cpu::GLAM_ISA

@@ -1,5 +1,4 @@
-// The row-wise parts of the expert networks: derivative of the activation with the gate's gradient, and the
-// gather-and-sum that brings rows back to tokens.
+// The row-wise part of the expert networks' backward: the derivative of the activation, with the gate's gradient.
 #pragma once
 
 #include "cpu/kernels/operand.h"
@@ -27,9 +26,6 @@ struct ExpertBackwardRows {
 template <class T>
 struct ExpertFunctions {
   void (*backward_rows)(const ExpertBackwardRows<T>& block);
-  // y[t] = sum over k of gates[t, k] * rows[row_of_choice[t, k]] for t in [begin, end), in order of k; gates null: 1.
-  void (*combine)(const T* rows, int64_t dim, const int32_t* row_of_choice, int64_t num_choices, const T* gates,
-                  int64_t begin, int64_t end, const Output& y);
 };
 
 using ExpertTable = TypedTable<ExpertFunctions>;

@@ -20,10 +20,10 @@ inline void store(float value, float* out) { *out = value; }
 inline void store(double value, double* out) { *out = value; }
 inline void store(float value, Bf16* out) { *out = float_to_bf16(value); }
 
-template <class Scalar>
-void combine(const Scalar* rows_RD, const SumOf<Scalar>* gates_TK, const int32_t* row_of_choice_TK, int64_t begin,
+template <class Row, class Scalar>
+void combine(const Row* rows_RD, const SumOf<Row>* gates_TK, const int32_t* row_of_choice_TK, int64_t begin,
              int64_t end, int64_t K, int64_t D, Scalar* y_TD) {
-  using Sum = SumOf<Scalar>;
+  using Sum = SumOf<Row>;
   Sum sums[kTile];
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t d = 0; d < D; d += kTile) {
@@ -31,7 +31,7 @@ void combine(const Scalar* rows_RD, const SumOf<Scalar>* gates_TK, const int32_t
       for (int64_t i = 0; i < width; ++i) sums[i] = Sum(0);
       for (int64_t choice = t * K; choice < (t + 1) * K; ++choice) {
         if (row_of_choice_TK[choice] < 0) continue;
-        const Scalar* const row = rows_RD + row_of_choice_TK[choice] * D + d;
+        const Row* const row = rows_RD + row_of_choice_TK[choice] * D + d;
         const Sum gate = gates_TK ? gates_TK[choice] : Sum(1);
         for (int64_t i = 0; i < width; ++i) sums[i] += gate * load(row[i]);
       }
@@ -64,7 +64,7 @@ void combine_backward(const Scalar* grad_y_TD, const Scalar* rows_RD, const SumO
 
 template <class Scalar>
 constexpr RowFunctions<Scalar> functions() {
-  return {&combine<Scalar>, &combine_backward<Scalar>};
+  return {&combine<Scalar, Scalar>, &combine<SumOf<Scalar>, Scalar>, &combine_backward<Scalar>};
 }
 
 }  // namespace
