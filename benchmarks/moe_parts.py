@@ -9,7 +9,8 @@ growth    T = 4096: time with E experts less time with 8 experts, less what the 
           forward and once backward, packed copies written and read, gradients written) take at the copy rate
 skew      1 of 64 experts gets half of all tokens, against balanced routing
 routing   router, gating and plan with their backward, as a share of the layer
-copies    dispatch + combine of 2048 x E tokens, against copies of the same bytes, into fresh memory on both sides
+copies    dispatch + combine of 32,768 tokens, against clones of the same bytes; new tensors on both sides, for which
+          ours take memory of earlier ones again and torch's what malloc gives
 memory    peak of the process during forward and backward beyond what it held before, against what is documented: saved
           tensors, gradients, the packed panels, and the work tensors that live at the same time
 """
