@@ -12,11 +12,10 @@ namespace {
 constexpr int64_t kBlockBytes = 512 << 10;  // of a task's A panels and its part of C
 constexpr int64_t kMostRowTiles = 16;       // of a block: more rows reuse a B panel no better
 constexpr int64_t kColumnsPerBlock = 1024;  // without an epilogue
-constexpr int64_t kPackedBytes = int64_t{4}
-                                 << 20;  // of the B panels packed at a time; a product with an epilogue is whole
-constexpr int64_t kBuffers = 3;          // of packed panels
-constexpr int64_t kStripsPerTask = 4;    // packed at a time
-constexpr int64_t kTasksPerThread = 4;   // where there is little to do, blocks become smaller to share it
+constexpr int64_t kPackedBytes = 4 << 20;   // of B panels packed at a time; a product with an epilogue is whole
+constexpr int64_t kBuffers = 3;             // of packed panels
+constexpr int64_t kStripsPerTask = 4;       // packed at a time
+constexpr int64_t kTasksPerThread = 4;      // where there is little to do, blocks become smaller to share it
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }

@@ -1,0 +1,315 @@
+// Panels: what the product core multiplies, packed from operands whose rows may be gathered, activated, scaled and rounded
+// on the way.
+//
+// A in strips of MR rows, [steps][MR]; B in strips of NR columns, [steps][NR]; both padded with zeros. An operand's rows
+// are either the outer index of a panel, which is then a transpose, or steps, which are copied.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/vector.h"
+
+namespace glam::cpu::GLAM_ISA {
+
+// Register tile: MR x (2 vectors); MR * 2 accumulators, 2 loads and a broadcast fill the register file.
+#if defined(__AVX512F__)
+inline constexpr int kTileRows = 14;
+#elif defined(__AVX2__)
+inline constexpr int kTileRows = 6;
+#else
+inline constexpr int kTileRows = 4;
+#endif
+inline constexpr int kTileVectors = 2;
+template <class T>
+inline constexpr int kTileColumns = kTileVectors * VectorOf<T>::lanes;
+inline constexpr int64_t kLoadChunk = 512;  // even
+
+template <class T>
+inline constexpr int64_t padded_rows(int64_t rows) {
+  return (rows + kTileRows - 1) / kTileRows * kTileRows;
+}
+template <class T>
+inline constexpr int64_t padded_columns(int64_t columns) {
+  return (columns + kTileColumns<T> - 1) / kTileColumns<T> * kTileColumns<T>;
+}
+
+// What panels hold: an Element for each step of the kernel, which adds kDepth products to a Sum.
+template <class T>
+struct FullPrecision {
+  using Sum = T;
+  using Element = T;
+  static constexpr int kDepth = 1;
+  static constexpr int64_t steps(int64_t depth) { return depth; }
+};
+// Operands are rounded to bfloat16 as they are packed.
+struct Bf16Precision {
+  using Sum = float;
+#if defined(__AVX512BF16__)
+  using Element = uint32_t;  // two of k: the even one in the lower half, as they lie in a row
+  static constexpr int kDepth = 2;
+#else
+  using Element = float;  // step k holds k ^ 1
+  static constexpr int kDepth = 1;
+#endif
+  static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2 * 2 / kDepth; }
+};
+
+// Row `row` of an operand: where its elements begin; null for a row of zeros.
+inline const void* row_data(const Operand& operand, int64_t row) {
+  int64_t data_row = row;
+  if (operand.row_index) {
+    const int32_t index = operand.row_index[row];
+    if (index < 0) return nullptr;
+    data_row = index / operand.row_divisor;
+  }
+  return advance(operand.data, operand.type, data_row * operand.row_stride);
+}
+
+inline bool is_plain(const Operand& operand) { return operand.transform == Transform::none && !operand.row_scale; }
+
+// out[0..count) = elements [begin, begin + count) of operand row `row`, transformed and scaled.
+template <class T>
+inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, T* out) {
+  const void* const data = row_data(operand, row);
+  if (!data) {
+    for (int64_t i = 0; i < count; ++i) out[i] = T(0);
+    return;
+  }
+  load_values(advance(data, operand.type, begin), operand.type, count, out);
+  if (operand.transform == Transform::geglu) {
+    // The gate's row lies where the row's own does.
+    const int64_t offset =
+        (static_cast<const char*>(data) - static_cast<const char*>(operand.data)) / size_of(operand.type);
+    T gates[kLoadChunk];
+    for (int64_t done = 0; done < count; done += kLoadChunk) {
+      const int64_t part = count - done < kLoadChunk ? count - done : kLoadChunk;
+      load_values(advance(operand.gate, operand.type, offset + begin + done), operand.type, part, gates);
+      activate(Transform::geglu, part, out + done, gates);
+    }
+  } else if (operand.transform != Transform::none) {
+    activate<T>(operand.transform, count, out, nullptr);
+  }
+  if (operand.row_scale) {
+    const T scale = static_cast<const T*>(operand.row_scale)[row];
+    for (int64_t i = 0; i < count; ++i) out[i] *= scale;
+  }
+}
+
+// The same rounded to bfloat16.
+inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, uint16_t* out) {
+  const void* const data = row_data(operand, row);
+  if (!data) {
+    for (int64_t i = 0; i < count; ++i) out[i] = 0;
+  } else if (is_plain(operand) && operand.type == Type::bf16) {
+    const auto* const in = static_cast<const uint16_t*>(data) + begin;
+    for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+  } else if (is_plain(operand) && operand.type == Type::f32) {
+    store_values(static_cast<const float*>(data) + begin, count, out, Type::bf16);
+  } else {
+    float values[kLoadChunk];
+    for (int64_t done = 0; done < count; done += kLoadChunk) {
+      const int64_t part = count - done < kLoadChunk ? count - done : kLoadChunk;
+      load_row(operand, row, begin + done, part, values);
+      store_values(values, part, out + done, Type::bf16);
+    }
+  }
+}
+
+// Elements [begin, begin + count) of a row where they lie already as a product wants them, or null.
+template <class T>
+inline const T* row_in_place(const Operand& operand, int64_t row, int64_t begin) {
+  constexpr Type type = sizeof(T) == 8 ? Type::f64 : sizeof(T) == 4 ? Type::f32 : Type::bf16;
+  if (!is_plain(operand) || operand.type != type) return nullptr;
+  const auto* const data = static_cast<const T*>(row_data(operand, row));
+  return data ? data + begin : nullptr;
+}
+
+// Elements of `count` steps from step `first` (even) of operand row `row`, whose depth is `depth`; in place or in
+// `buffer`, whole vectors of which may be read.
+template <class T>
+inline const T* load_steps(FullPrecision<T>, const Operand& operand, int64_t row, int64_t first, int64_t count, int64_t,
+                           T* buffer) {
+  const bool whole_vectors = count % VectorOf<T>::lanes == 0;
+  if (const T* const values = whole_vectors ? row_in_place<T>(operand, row, first) : nullptr) return values;
+  load_row(operand, row, first, count, buffer);
+  return buffer;
+}
+inline const Bf16Precision::Element* load_steps(Bf16Precision, const Operand& operand, int64_t row, int64_t first,
+                                                int64_t count, int64_t depth, Bf16Precision::Element* buffer) {
+  using Element = Bf16Precision::Element;
+  constexpr int kDepth = Bf16Precision::kDepth;
+  const int64_t begin = first * kDepth, end = begin + count * kDepth < depth ? begin + count * kDepth : depth;
+  if constexpr (kDepth == 2) {
+    const bool whole_vectors = count % VectorOf<Element>::lanes == 0 && end - begin == count * kDepth;
+    const uint16_t* const values = whole_vectors ? row_in_place<uint16_t>(operand, row, begin) : nullptr;
+    if (values && reinterpret_cast<uintptr_t>(values) % sizeof(Element) == 0) {
+      return reinterpret_cast<const Element*>(values);
+    }
+    auto* const halves = reinterpret_cast<uint16_t*>(buffer);  // read as vectors, which may alias
+    load_row(operand, row, begin, end - begin, halves);
+    if (end - begin < count * kDepth) halves[end - begin] = 0;  // beyond an odd depth
+  } else {
+    uint16_t values[kLoadChunk];  // count < kLoadChunk
+    load_row(operand, row, begin, end - begin, values);
+    if (end - begin < count) values[end - begin] = 0;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[i ^ 1]);
+  }
+  return buffer;
+}
+
+// out[l][i] = in[i][l] for vectors of as many elements as there are of them: in rounds of exchanging the off-diagonal
+// halves of ever larger squares.
+template <class Vector, int kLanes, int kSpan, size_t... kLane>
+inline void exchange_halves(Vector* rows, std::index_sequence<kLane...>) {
+  constexpr auto low = [](int l) { return l & kSpan ? kLanes + l - kSpan : l; };
+  constexpr auto high = [](int l) { return l & kSpan ? kLanes + l : l + kSpan; };
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kSpan) continue;
+    const Vector a = rows[i], b = rows[i + kSpan];
+    rows[i] = __builtin_shufflevector(a, b, low(static_cast<int>(kLane))...);
+    rows[i + kSpan] = __builtin_shufflevector(a, b, high(static_cast<int>(kLane))...);
+  }
+  if constexpr (kSpan * 2 < kLanes) {
+    exchange_halves<Vector, kLanes, kSpan * 2>(rows, std::index_sequence<kLane...>());
+  }
+}
+
+// panel[k * kWidth + i] = rows[i][k] for i < kCount <= lanes, k < count. Reads whole vectors of rows.
+template <int kWidth, int kCount, class Element>
+inline void interleave(const Element* const* rows, int64_t count, Element* panel) {
+  using Vector = typename VectorOf<Element>::type;
+  constexpr int lanes = VectorOf<Element>::lanes;
+  for (int64_t k = 0; k < count; k += lanes) {
+    Vector square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      square[i] = i < kCount ? *reinterpret_cast<const Vector*>(rows[i] + k) : Vector{};
+    }
+    exchange_halves<Vector, lanes, 1>(square, std::make_index_sequence<lanes>());
+    const int64_t valid = count - k < lanes ? count - k : lanes;
+    if (valid == lanes) {
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) std::memcpy(panel + (k + l) * kWidth, &square[l], kCount * sizeof(Element));
+    } else {
+      for (int l = 0; l < valid; ++l) std::memcpy(panel + (k + l) * kWidth, &square[l], kCount * sizeof(Element));
+    }
+  }
+}
+
+// Outer indices kFirst ... kWidth - 1 of one strip (it begins at `begin`, `valid` of it exist) of an operand whose rows
+// they are, all k, into panel[steps][kWidth]. As many rows at a time as a vector has elements, in runs long enough for
+// the CPU to foresee what comes next.
+template <class Format, int kWidth, int kFirst = 0>
+inline void pack_rows_strip(const Operand& operand, int64_t begin, int64_t valid, int64_t depth,
+                            typename Format::Element* panel) {
+  using Element = typename Format::Element;
+  constexpr int lanes = VectorOf<Element>::lanes, kCount = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
+  constexpr int64_t kChunk = Format::kDepth == 2 ? 1552 : 464;  // steps; a multiple of the lanes
+  static constexpr Element zeros[kChunk] = {};
+  Element buffer[kCount][kChunk];
+  const int64_t steps = Format::steps(depth);
+  for (int64_t step = 0; step < steps; step += kChunk) {
+    const int64_t part = steps - step < kChunk ? steps - step : kChunk;
+    const Element* rows[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t row = kFirst + i;
+      rows[i] = row < valid ? load_steps(Format(), operand, begin + row, step, part, depth, buffer[i]) : zeros;
+    }
+    interleave<kWidth, kCount>(rows, part, panel + step * kWidth + kFirst);
+  }
+  if constexpr (kFirst + kCount < kWidth) {
+    pack_rows_strip<Format, kWidth, kFirst + kCount>(operand, begin, valid, depth, panel);
+  }
+}
+
+// One step of a strip, from rows of k as Value: that of the panel's elements, or of what is rounded to them.
+template <int kWidth, class Value>
+inline void store_step(FullPrecision<Value>, const Value* values, const Value*, Value* out) {
+  std::memcpy(out, values, kWidth * sizeof(Value));
+}
+template <int kWidth, class Value>
+inline void store_step(Bf16Precision, const Value* even, [[maybe_unused]] const Value* odd,
+                       Bf16Precision::Element* out) {
+  const auto rounded = [](Value value) {
+    if constexpr (std::is_same_v<Value, float>) {
+      return float_to_bf16(value);
+    } else {
+      return value;
+    }
+  };
+  int i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Value, float>) {
+    constexpr auto half = [](int lane) { return static_cast<short>(lane % 2 * 16 + lane / 2); };
+    using Halves __attribute__((vector_size(64))) = short;
+    const auto order = [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return Halves{half(kLane)...};
+    }(std::make_integer_sequence<int, 32>());
+    for (; i + 16 <= kWidth; i += 16) {
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16((__m512i)order, round_pair(even + i, odd + i)));
+    }
+  }
+#endif
+  for (; i < kWidth; ++i) {
+    if constexpr (Bf16Precision::kDepth == 2) {
+      out[i] = rounded(even[i]) | static_cast<uint32_t>(rounded(odd[i])) << 16;
+    } else {
+      out[i] = bf16_to_float(rounded(even[i]));
+    }
+  }
+}
+
+// Strips for outer indices [begin, end) of an operand whose rows are k; kWidth of them each.
+template <class Format, int kWidth, class Value>
+inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
+                                typename Format::Element* panels) {
+  // A row of the operand crosses all strips: it is loaded once for as many of them as fit the buffers.
+  constexpr int64_t kRun = kLoadChunk / kWidth * kWidth;
+  static constexpr Value zeros[kRun] = {};
+  const int64_t steps = Format::steps(depth);
+  for (int64_t first = begin; first < end; first += kRun) {
+    const int64_t valid = end - first < kRun ? end - first : kRun;
+    const int64_t padded = (valid + kWidth - 1) / kWidth * kWidth;
+    Value buffers[2][kRun];
+    const auto load = [&](int64_t k, Value* buffer) -> const Value* {
+      if (k >= depth) return zeros;
+      if (const Value* const values = valid == padded ? row_in_place<Value>(operand, k, first) : nullptr) return values;
+      load_row(operand, k, first, valid, buffer);
+      for (int64_t i = valid; i < padded; ++i) buffer[i] = 0;
+      return buffer;
+    };
+    for (int64_t step = 0; step < steps; ++step) {
+      const bool swapped = Format::kDepth == 1 && std::is_same_v<Format, Bf16Precision>;
+      const Value* const values = load(swapped ? step ^ 1 : step * Format::kDepth, buffers[0]);
+      const Value* const next = Format::kDepth == 2 ? load(2 * step + 1, buffers[1]) : nullptr;
+      typename Format::Element* const out = panels + (first - begin) * steps + step * kWidth;
+      for (int64_t i = 0; i < padded; i += kWidth) {
+        store_step<kWidth>(Format(), values + i, next ? next + i : nullptr, out + i * steps);
+      }
+    }
+  }
+}
+
+// Strips for outer indices [begin, end); kWidth is kTileRows for A and kTileColumns<Sum> for B.
+template <class Format, int kWidth>
+inline void pack_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
+                        typename Format::Element* panels) {
+  if (operand.rows_are_k) {
+    if constexpr (std::is_same_v<Format, Bf16Precision>) {
+      const bool in_float = is_plain(operand) && operand.type == Type::f32;
+      (in_float ? pack_columns_strips<Format, kWidth, float>
+                : pack_columns_strips<Format, kWidth, uint16_t>)(operand, begin, end, depth, panels);
+    } else {
+      pack_columns_strips<Format, kWidth, typename Format::Element>(operand, begin, end, depth, panels);
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; i += kWidth, panels += Format::steps(depth) * kWidth) {
+    pack_rows_strip<Format, kWidth>(operand, i, end - i < kWidth ? end - i : kWidth, depth, panels);
+  }
+}
+
+}  // namespace glam::cpu::GLAM_ISA
