@@ -57,7 +57,9 @@ class LargeMemory final : public c10::Allocator {
     }
     void* const data = std::aligned_alloc(kHugePage, bytes);
     TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "glam: expected ", bytes, " bytes of memory, got none");
+#ifdef MADV_HUGEPAGE
     madvise(data, bytes, MADV_HUGEPAGE);  // advice only: a refusal changes nothing
+#endif
     const std::lock_guard lock(mutex_);
     count_used(bytes);
     drop_beyond_peak();
@@ -71,7 +73,9 @@ class LargeMemory final : public c10::Allocator {
   }
 
   void keep(const Block& block) {
+#ifdef MADV_FREE
     madvise(block.data, block.bytes, MADV_FREE);
+#endif
     const std::lock_guard lock(mutex_);
     used_bytes_ -= block.bytes;
     kept_bytes_ += block.bytes;
