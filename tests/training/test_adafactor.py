@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from glam_ext import optim
+from glam_ext.distributed import init_mesh
+from tests.distributed.processes import run_ranks
 from tests.ops.levels import assert_same_bits, busy_threads, poisoned_memory, strided, threads
 from tests.reference import adafactor as reference
 
@@ -312,25 +312,26 @@ def test_schedules() -> None:
 SHARDED = [((4, 6, 8), -3), ((4, 6, 8), -2), ((4, 6, 8), -1), ((6, 3), -2), ((10,), -1)]
 
 
-def _sharded_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for case, (shape, dim) in enumerate(SHARDED):
+def sharded_weights() -> list[Tensor]:
+    """What this rank holds of each after three steps."""
+    mesh = init_mesh(expert=2)
+    weights = []
+    for shape, dim in SHARDED:
         whole = parameter(*shape)
-        part = whole.detach().chunk(2, dim)[rank].clone().requires_grad_()
-        shard = optim.Shard(dim, shape[dim], dist.group.WORLD.group_name)
+        part = whole.detach().chunk(2, dim)[mesh.rank].clone().requires_grad_()
+        shard = optim.Shard(dim, shape[dim], mesh.group_name("expert"))
         optimizer = optim.Adafactor([part], min_factored=4, shards={part: [shard]})
         for step in range(3):
-            part.grad = gradient(whole, step).chunk(2, dim)[rank].clone()
+            part.grad = gradient(whole, step).chunk(2, dim)[mesh.rank].clone()
             optimizer.step()
-        torch.save(part.detach(), f"{folder}/{case}-{rank}.pt")
-    dist.destroy_process_group()
+        weights.append(part.detach())
+    return weights
 
 
 def test_shards_equal_the_whole(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_sharded_rank, (str(tmp_path),), nprocs=2)
-    for case, (shape, dim) in enumerate(SHARDED):
+    ranks = run_ranks(tmp_path, 2, sharded_weights)
+    for (shape, dim), *held in zip(SHARDED, *ranks, strict=True):
         whole = parameter(*shape)
         optimizer = optim.Adafactor([whole], min_factored=4)
         run_steps(optimizer, [whole], range(3))
-        parts = torch.cat([torch.load(tmp_path / f"{case}-{rank}.pt") for rank in range(2)], dim)
-        torch.testing.assert_close(parts, whole.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(torch.cat(held, dim), whole.detach(), rtol=1e-12, atol=1e-14)
