@@ -2,7 +2,7 @@
 // exist only to keep the threads busy and change no bit.
 
 #include "cpu/kernels/attention.h"
-#include "cpu/large_memory.h"
+#include "ops/large_memory.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>

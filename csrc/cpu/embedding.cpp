@@ -10,8 +10,8 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/embedding.h"
-#include "cpu/large_memory.h"
 #include "ops/checks.h"
+#include "ops/large_memory.h"
 
 namespace glam::cpu {
 namespace {

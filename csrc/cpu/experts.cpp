@@ -15,10 +15,10 @@
 #include "cpu/gemm.h"
 #include "cpu/indices.h"
 #include "cpu/kernels/experts.h"
-#include "cpu/large_memory.h"
 #include "cpu/row_functions.h"
 #include "ops/checks.h"
 #include "ops/experts.h"
+#include "ops/large_memory.h"
 
 namespace glam::cpu {
 namespace {

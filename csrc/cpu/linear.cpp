@@ -1,8 +1,8 @@
 // CPU kernels of glam::linear: one product forward, one for the weight gradient.
 
 #include "cpu/gemm.h"
-#include "cpu/large_memory.h"
 #include "ops/checks.h"
+#include "ops/large_memory.h"
 
 namespace glam::cpu {
 namespace {

@@ -12,8 +12,8 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/loss.h"
-#include "cpu/large_memory.h"
 #include "ops/common.h"
+#include "ops/large_memory.h"
 
 namespace glam::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // the blocks' order, whatever the threads.
 
 #include "cpu/kernels/norm.h"
-#include "cpu/large_memory.h"
+#include "ops/large_memory.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "cpu/indices.h"
-#include "cpu/large_memory.h"
 #include "cpu/row_functions.h"
+#include "ops/large_memory.h"
 #include "ops/routing.h"
 
 namespace glam::cpu {

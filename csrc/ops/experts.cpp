@@ -14,10 +14,10 @@
 
 #include <ATen/ops/empty.h>
 
-#include "cpu/large_memory.h"
 #include "glam/ops.h"
 #include "ops/checks.h"
 #include "ops/experts.h"
+#include "ops/large_memory.h"
 
 namespace glam {
 namespace {
@@ -218,7 +218,7 @@ MoeBackwardResult moe_backward_meta(const Tensor&, const Tensor& x, const Tensor
 
 experts::WeightGradients experts::WeightGradients::empty(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg) {
   const auto gradient = [](const Tensor& weight) {
-    return weight.is_cpu() ? cpu::empty_large(weight.sizes(), weight.options()) : like(weight);
+    return weight.is_meta() ? like(weight) : empty_large(weight.sizes(), weight.options());
   };
   return {gradient(wi), gradient(wo), wg ? gradient(*wg) : at::empty_symint({0}, wi.options())};
 }

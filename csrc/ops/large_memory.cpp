@@ -1,4 +1,4 @@
-#include "cpu/large_memory.h"
+#include "ops/large_memory.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -11,7 +11,7 @@
 #include <list>
 #include <mutex>
 
-namespace glam::cpu {
+namespace glam {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
@@ -107,9 +107,9 @@ at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) 
   const auto dtype = at::typeMetaToScalarType(options.dtype());
   size_t bytes = c10::elementSize(dtype);
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  if (bytes < kLargeBytes) return at::empty(sizes, options);
+  if (bytes < kLargeBytes || !options.device().is_cpu()) return at::empty(sizes, options);
   return at::detail::empty_generic(sizes, &LargeMemory::get(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    at::MemoryFormat::Contiguous);
 }
 
-}  // namespace glam::cpu
+}  // namespace glam

@@ -8,9 +8,9 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace glam::cpu {
+namespace glam {
 
-// An uninitialised contiguous CPU tensor; a small one is at::empty.
+// An uninitialised contiguous tensor; at::empty where it is small or not on the CPU.
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-}  // namespace glam::cpu
+}  // namespace glam
