@@ -2,12 +2,12 @@
 // Declare one per purpose as `static thread_local Scratch`; contents are undefined at every get().
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+
+#include "ops/huge_pages.h"
 
 namespace glam::cpu {
 
@@ -27,17 +27,14 @@ class Scratch {
 
  private:
   void grow(size_t bytes) {
-    constexpr size_t kHugePage = size_t{2} << 20;
-    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    constexpr size_t kLine = 64;
+    const bool huge = bytes >= kHugePage;
+    const size_t rounded = round_up_to(bytes, huge ? kHugePage : kLine);
     std::free(data_);
     data_ = nullptr;
     capacity_ = 0;
-    data_ = std::aligned_alloc(alignment, rounded);
+    data_ = huge ? allocate_huge_pages(rounded) : std::aligned_alloc(kLine, rounded);
     if (!data_) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);  // advice only: a refusal changes nothing
-#endif
     capacity_ = rounded;
   }
 

@@ -11,10 +11,11 @@
 #include <list>
 #include <mutex>
 
+#include "ops/huge_pages.h"
+
 namespace glam {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLargeBytes = size_t{4} << 20;
 
 struct Block {
@@ -31,7 +32,7 @@ class LargeMemory final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t bytes) override {
-    auto* const block = new Block(take((bytes + kHugePage - 1) / kHugePage * kHugePage));
+    auto* const block = new Block(take(round_up_to(bytes, kHugePage)));
     return {block->data, block, &LargeMemory::release, c10::Device(c10::kCPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -55,11 +56,8 @@ class LargeMemory final : public c10::Allocator {
         return block;
       }
     }
-    void* const data = std::aligned_alloc(kHugePage, bytes);
+    void* const data = allocate_huge_pages(bytes);
     TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "glam: expected ", bytes, " bytes of memory, got none");
-#ifdef MADV_HUGEPAGE
-    madvise(data, bytes, MADV_HUGEPAGE);  // advice only: a refusal changes nothing
-#endif
     const std::lock_guard lock(mutex_);
     count_used(bytes);
     drop_beyond_peak();
