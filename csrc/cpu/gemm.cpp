@@ -24,7 +24,7 @@ int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1)
 // `packed` (bytes) of their batch's buffer.
 struct Slice {
   int64_t product, column, columns, packed;
-  int64_t rows_per_block, row_blocks;
+  int64_t rows_per_block;
   int64_t first_strip, first_task;  // running totals of the batch
 };
 
@@ -119,12 +119,11 @@ class Run {
       batches_.emplace_back();
     }
     Batch& batch = batches_.back();
-    const int64_t rows = rows_per_block(p, columns), blocks = divide_up(p.m, rows);
-    batch.slices.push_back(
-        {product, column, columns, batch.packed_bytes, rows, blocks, batch.num_strips, batch.num_tasks});
+    const int64_t rows = rows_per_block(p, columns);
+    batch.slices.push_back({product, column, columns, batch.packed_bytes, rows, batch.num_strips, batch.num_tasks});
     batch.packed_bytes += bytes;
     batch.num_strips += strips;
-    batch.num_tasks += blocks;
+    batch.num_tasks += divide_up(p.m, rows);
   }
 
   // The slice in which the `index`-th strip or task of a batch lies.

@@ -22,7 +22,6 @@ class Phases {
     num_tasks_ += tasks;
     return static_cast<int64_t>(phases_.size()) - 1;
   }
-  int64_t num_tasks() const { return num_tasks_; }
 
   // Calls run_task(phase, task) for every task. An exception ends the work and is thrown here.
   template <class RunTask>

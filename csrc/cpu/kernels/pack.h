@@ -42,6 +42,7 @@ struct FullPrecision {
   using Element = T;
   static constexpr int kDepth = 1;
   static constexpr int64_t steps(int64_t depth) { return depth; }
+  static constexpr int64_t first_k(int64_t step) { return step; }
 };
 // Operands are rounded to bfloat16 as they are packed.
 struct Bf16Precision {
@@ -54,34 +55,37 @@ struct Bf16Precision {
   static constexpr int kDepth = 1;
 #endif
   static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2 * 2 / kDepth; }
+  static constexpr int64_t first_k(int64_t step) { return kDepth == 2 ? 2 * step : step ^ 1; }
 };
 
-// Row `row` of an operand: where its elements begin; null for a row of zeros.
-inline const void* row_data(const Operand& operand, int64_t row) {
-  int64_t data_row = row;
-  if (operand.row_index) {
-    const int32_t index = operand.row_index[row];
-    if (index < 0) return nullptr;
-    data_row = index / operand.row_divisor;
-  }
-  return advance(operand.data, operand.type, data_row * operand.row_stride);
+// The element of the data where row `row` of an operand begins; negative for a row of zeros.
+inline int64_t row_offset(const Operand& operand, int64_t row) {
+  if (!operand.row_index) return row * operand.row_stride;
+  const int32_t index = operand.row_index[row];
+  return index < 0 ? -1 : index / operand.row_divisor * operand.row_stride;
 }
 
 inline bool is_plain(const Operand& operand) { return operand.transform == Transform::none && !operand.row_scale; }
 
+// Elements [begin, begin + count) of a row where they lie already as a product wants them, or null.
+template <class T>
+inline const T* row_in_place(const Operand& operand, int64_t row, int64_t begin) {
+  constexpr Type type = sizeof(T) == 8 ? Type::f64 : sizeof(T) == 4 ? Type::f32 : Type::bf16;
+  if (!is_plain(operand) || operand.type != type) return nullptr;
+  const int64_t offset = row_offset(operand, row);
+  return offset < 0 ? nullptr : static_cast<const T*>(operand.data) + offset + begin;
+}
+
 // out[0..count) = elements [begin, begin + count) of operand row `row`, transformed and scaled.
 template <class T>
 inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, T* out) {
-  const void* const data = row_data(operand, row);
-  if (!data) {
+  const int64_t offset = row_offset(operand, row);
+  if (offset < 0) {
     for (int64_t i = 0; i < count; ++i) out[i] = T(0);
     return;
   }
-  load_values(advance(data, operand.type, begin), operand.type, count, out);
+  load_values(advance(operand.data, operand.type, offset + begin), operand.type, count, out);
   if (operand.transform == Transform::geglu) {
-    // The gate's row lies where the row's own does.
-    const int64_t offset =
-        (static_cast<const char*>(data) - static_cast<const char*>(operand.data)) / size_of(operand.type);
     T gates[kLoadChunk];
     for (int64_t done = 0; done < count; done += kLoadChunk) {
       const int64_t part = count - done < kLoadChunk ? count - done : kLoadChunk;
@@ -99,14 +103,12 @@ inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t
 
 // The same rounded to bfloat16.
 inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, uint16_t* out) {
-  const void* const data = row_data(operand, row);
-  if (!data) {
+  if (row_offset(operand, row) < 0) {
     for (int64_t i = 0; i < count; ++i) out[i] = 0;
-  } else if (is_plain(operand) && operand.type == Type::bf16) {
-    const auto* const in = static_cast<const uint16_t*>(data) + begin;
-    for (int64_t i = 0; i < count; ++i) out[i] = in[i];
-  } else if (is_plain(operand) && operand.type == Type::f32) {
-    store_values(static_cast<const float*>(data) + begin, count, out, Type::bf16);
+  } else if (const auto* const halves = row_in_place<uint16_t>(operand, row, begin)) {
+    for (int64_t i = 0; i < count; ++i) out[i] = halves[i];
+  } else if (const auto* const floats = row_in_place<float>(operand, row, begin)) {
+    store_values(floats, count, out, Type::bf16);
   } else {
     float values[kLoadChunk];
     for (int64_t done = 0; done < count; done += kLoadChunk) {
@@ -115,15 +117,6 @@ inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t
       store_values(values, part, out + done, Type::bf16);
     }
   }
-}
-
-// Elements [begin, begin + count) of a row where they lie already as a product wants them, or null.
-template <class T>
-inline const T* row_in_place(const Operand& operand, int64_t row, int64_t begin) {
-  constexpr Type type = sizeof(T) == 8 ? Type::f64 : sizeof(T) == 4 ? Type::f32 : Type::bf16;
-  if (!is_plain(operand) || operand.type != type) return nullptr;
-  const auto* const data = static_cast<const T*>(row_data(operand, row));
-  return data ? data + begin : nullptr;
 }
 
 // Elements of `count` steps from step `first` (even) of operand row `row`, whose depth is `depth`; in place or in
@@ -154,7 +147,7 @@ inline const Bf16Precision::Element* load_steps(Bf16Precision, const Operand& op
     uint16_t values[kLoadChunk];  // count < kLoadChunk
     load_row(operand, row, begin, end - begin, values);
     if (end - begin < count) values[end - begin] = 0;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[i ^ 1]);
+    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[Bf16Precision::first_k(i)]);
   }
   return buffer;
 }
@@ -282,9 +275,8 @@ inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t e
       return buffer;
     };
     for (int64_t step = 0; step < steps; ++step) {
-      const bool swapped = Format::kDepth == 1 && std::is_same_v<Format, Bf16Precision>;
-      const Value* const values = load(swapped ? step ^ 1 : step * Format::kDepth, buffers[0]);
-      const Value* const next = Format::kDepth == 2 ? load(2 * step + 1, buffers[1]) : nullptr;
+      const Value* const values = load(Format::first_k(step), buffers[0]);
+      const Value* const next = Format::kDepth == 2 ? load(Format::first_k(step) + 1, buffers[1]) : nullptr;
       typename Format::Element* const out = panels + (first - begin) * steps + step * kWidth;
       for (int64_t i = 0; i < padded; i += kWidth) {
         store_step<kWidth>(Format(), values + i, next ? next + i : nullptr, out + i * steps);
