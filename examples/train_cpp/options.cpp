@@ -2,23 +2,20 @@
 
 #include <glam/build_info.h>
 
-#include <charconv>
 #include <fstream>
 #include <functional>
 #include <map>
 #include <sstream>
 #include <stdexcept>
 
+#include "numbers.h"
+
 namespace {
 
 template <class Number>
 Number parse_number(const std::string& option, const std::string& text) {
-  Number number{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-  if (error != std::errc() || end != text.data() + text.size()) {
-    throw std::invalid_argument("expected a number after " + option + ", got \"" + text + "\"");
-  }
-  return number;
+  if (const auto number = to_number<Number>(text)) return *number;
+  throw std::invalid_argument("expected a number after " + option + ", got \"" + text + "\"");
 }
 
 glam::GLaMConfig read_config(const std::string& file) {

@@ -1,12 +1,13 @@
 #include "processes.h"
 
-#include <charconv>
 #include <cstdlib>
 #include <stdexcept>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include "numbers.h"
 
 namespace {
 
@@ -17,13 +18,9 @@ std::string variable(const char* name, const std::string& otherwise) {
 
 int64_t number(const char* name, int64_t otherwise) {
   const std::string text = variable(name, std::to_string(otherwise));
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
-    throw std::invalid_argument("expected the environment's " + std::string(name) + " to be a number, got \"" + text +
-                                "\"");
-  }
-  return value;
+  if (const auto value = to_number<int64_t>(text); value && *value >= 0) return *value;
+  throw std::invalid_argument("expected the environment's " + std::string(name) + " to be a number, got \"" + text +
+                              "\"");
 }
 
 c10::intrusive_ptr<c10d::Store> open_store(int64_t rank, int64_t world_size) {

@@ -23,14 +23,18 @@ _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["torch", "torch.distributed", "glam_ext.training"])
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_ranks(folder: Path, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """function(*arguments) in each of `world_size` processes of one thread; what they return, by rank.
 
     The function lives in a module that can be imported; it calls `init_mesh` itself. Results are what torch.save holds.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [
         _forkserver.Process(target=_rank, args=(folder, rank, world_size, port, function, arguments))

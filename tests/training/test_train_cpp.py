@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from glam_ext import GLaM
 from glam_ext.checkpoint import load_checkpoint, verify_checkpoint
 from glam_ext.training import TrainingRun, load_config
+from tests.distributed.processes import free_port
 from tests.examples import Program, build_example, finish
 from tests.training.conftest import Data
 from tests.training.test_parallel import metrics
@@ -68,9 +68,7 @@ def expected_lines(run: Path) -> list[tuple[float, float, float]]:
 
 
 def start_ranks(program: Program, arguments: Sequence[object], world_size: int) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         program.start(*arguments, "--threads", 1, **place, RANK=str(rank), WORLD_SIZE=str(world_size))
         for rank in range(world_size)
