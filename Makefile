@@ -60,7 +60,7 @@ sanitize: $(VENV)/.installed
 	  -p no:cacheprovider -k "not compile and not threads" tests/ops $(PYTEST_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info glam_ext/lib glam_ext/include glam_ext/share glam_ext/_C*.so $(VENV)/.built
+	rm -rf build dist *.egg-info glam_ext/lib glam_ext/include glam_ext/share glam_ext/_C*.so $(VENV)/.built $(VENV)/.installed
 
 # --- stamps: each is redone only when what it was made from changed
 
