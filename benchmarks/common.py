@@ -14,6 +14,8 @@ import torch
 
 import glam_ext
 
+_SLOW_SECONDS = 5.0
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,15 +40,20 @@ def print_header() -> None:
 def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each; they take turns, so that a slow moment of the machine meets all of them.
 
-    The order is drawn anew each turn, so that none always follows the same one; it is the same in every process.
+    The order is drawn anew each turn, so that none always follows the same one; it is the same in every process. One
+    whose first call, which is not counted, takes seconds takes the first turn only.
     """
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    for _ in range(repeats):
+
+    def timed(name: str) -> float:
+        start = time.perf_counter()
+        contenders[name]()
+        return time.perf_counter() - start
+
+    slow = {name for name in contenders if timed(name) > _SLOW_SECONDS}
+    for turn in range(repeats):
         for name in order.sample(list(contenders), len(contenders)):
-            start = time.perf_counter()
-            contenders[name]()
-            times[name].append(time.perf_counter() - start)
+            if turn == 0 or name not in slow:
+                times[name].append(timed(name))
     return {name: statistics.median(values) for name, values in times.items()}

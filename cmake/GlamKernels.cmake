@@ -1,5 +1,5 @@
 # CPU kernels: every file of csrc/cpu/kernels compiled once per instruction set, as an object library with -DGLAM_ISA=<name>;
-# for avx512bf16 only those that use its instruction.
+# for avx512bf16 and amx only those that use their instructions.
 #
 # The kernels see no torch header: an inline function of torch compiled for a wide set could be the copy the linker keeps,
 # and would then crash on a narrower CPU. For the same reason their symbols are hidden.
@@ -30,6 +30,7 @@ function(glam_add_kernels target)
     glam_add_isa(${target} avx2 "${kernel_sources}" -mavx2 -mfma -mf16c)
     glam_add_isa(${target} avx512 "${kernel_sources}" ${avx512})
     glam_add_isa(${target} avx512bf16 "${bf16_sources}" ${avx512} -mavx512bf16)
+    glam_add_isa(${target} amx "${bf16_sources}" ${avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
     target_compile_definitions(${target} PRIVATE GLAM_HAVE_AVX2 GLAM_HAVE_AVX512)
   endif()
 endfunction()

@@ -9,6 +9,11 @@
 #include <cstdlib>
 #include <string_view>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace glam {
 namespace {
 
@@ -35,7 +40,19 @@ constexpr std::array kIsas{
     IsaEntry{Isa::avx2, "avx2", kHaveAvx2},
     IsaEntry{Isa::avx512, "avx512", kHaveAvx512},
     IsaEntry{Isa::avx512bf16, "avx512bf16", kHaveAvx512},
+    IsaEntry{Isa::amx, "amx", kHaveAvx512},
 };
+
+// Linux gives a process the tile registers when it asks for them (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 // Exactly the extensions the compiler was allowed to use for that copy of the kernels (CMakeLists.txt).
 bool cpu_supports(Isa isa) {
@@ -54,6 +71,9 @@ bool cpu_supports(Isa isa) {
       return avx512;
     case Isa::avx512bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx:
+      return cpu_supports(Isa::avx512bf16) && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   }
   return false;
 #else
@@ -73,7 +93,7 @@ Isa choose_isa() {
   const char* requested = std::getenv("GLAM_CPU_ISA");
   if (requested != nullptr && *requested != '\0') {
     const auto entry = std::find_if(kIsas.begin(), kIsas.end(), [&](const IsaEntry& e) { return e.name == requested; });
-    TORCH_CHECK(entry != kIsas.end(), "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512 or avx512bf16, got ",
+    TORCH_CHECK(entry != kIsas.end(), "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512, avx512bf16 or amx, got ",
                 requested);
     TORCH_CHECK(usable(*entry), "glam: expected GLAM_CPU_ISA to name an instruction set that this build (",
                 joined(compiled_isas()), ") and this CPU (", joined(supported_isas()), ") both have, got ", requested);

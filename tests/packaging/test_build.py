@@ -66,7 +66,7 @@ def test_build_info_names_versions_backends_and_reasons() -> None:
     assert cuda["built"] or cuda["reason"]
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_environment_chooses_the_instruction_set(isa: str) -> None:
     cpu = glam_ext.build_info()["backends"]["cpu"]
     code = "import glam_ext; print(glam_ext.build_info()['backends']['cpu']['isa_active'])"
@@ -79,10 +79,10 @@ def test_environment_chooses_the_instruction_set(isa: str) -> None:
 
 def test_unknown_instruction_set_is_refused() -> None:
     result = in_fresh_python("import glam_ext; glam_ext.build_info()", GLAM_CPU_ISA="sse9")
-    assert "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512 or avx512bf16, got sse9" in result.stderr
+    assert "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512, avx512bf16 or amx, got sse9" in result.stderr
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx"])
 def test_wide_kernels_share_no_symbol_with_other_objects(isa: str) -> None:
     """Of an inline function that several objects define the linker keeps one copy, for all instruction sets.
 

@@ -2,26 +2,35 @@
 // on the way.
 //
 // A in strips of MR rows, [steps][MR]; B in strips of NR columns, [steps][NR]; both padded with zeros. An operand's rows
-// are either the outer index of a panel, which is then a transpose, or steps, which are copied.
+// are either the outer index of a panel, which is then a transpose, or steps, which are copied. For AMX, A is in blocks
+// of tile registers instead: [steps / 16][MR][16].
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
 #include "cpu/kernels/activation.h"
+#include "cpu/kernels/tiles.h"
 #include "cpu/kernels/vector.h"
 
 namespace glam::cpu::GLAM_ISA {
 
-// Register tile: MR x (2 vectors); MR * 2 accumulators, 2 loads and a broadcast fill the register file.
-#if defined(__AVX512F__)
+// Register tile: MR x (2 vectors); MR * 2 accumulators, 2 loads and a broadcast fill the register file. With AMX: four
+// tile registers of sums, two of A and two of B.
+#if GLAM_AMX
+inline constexpr int kTileRows = 2 * tiles::kRows;
+#elif defined(__AVX512F__)
 inline constexpr int kTileRows = 14;
 #elif defined(__AVX2__)
 inline constexpr int kTileRows = 6;
 #else
 inline constexpr int kTileRows = 4;
 #endif
+#if GLAM_AMX
+inline constexpr int kTileVectors = 2 * tiles::kColumns / VectorOf<float>::lanes;
+#else
 inline constexpr int kTileVectors = 2;
+#endif
 template <class T>
 inline constexpr int kTileColumns = kTileVectors * VectorOf<T>::lanes;
 inline constexpr int64_t kLoadChunk = 512;  // even
@@ -47,14 +56,19 @@ struct FullPrecision {
 // Operands are rounded to bfloat16 as they are packed.
 struct Bf16Precision {
   using Sum = float;
-#if defined(__AVX512BF16__)
+#if GLAM_AMX || defined(__AVX512BF16__)
   using Element = uint32_t;  // two of k: the even one in the lower half, as they lie in a row
   static constexpr int kDepth = 2;
 #else
   using Element = float;  // step k holds k ^ 1
   static constexpr int kDepth = 1;
 #endif
-  static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2 * 2 / kDepth; }
+#if GLAM_AMX
+  static constexpr int64_t kMultiple = 2 * tiles::kColumns;  // of k
+#else
+  static constexpr int64_t kMultiple = 2;
+#endif
+  static constexpr int64_t steps(int64_t depth) { return (depth + kMultiple - 1) / kMultiple * kMultiple / kDepth; }
   static constexpr int64_t first_k(int64_t step) { return kDepth == 2 ? 2 * step : step ^ 1; }
 };
 
@@ -142,7 +156,7 @@ inline const Bf16Precision::Element* load_steps(Bf16Precision, const Operand& op
     }
     auto* const halves = reinterpret_cast<uint16_t*>(buffer);  // read as vectors, which may alias
     load_row(operand, row, begin, end - begin, halves);
-    if (end - begin < count * kDepth) halves[end - begin] = 0;  // beyond an odd depth
+    for (int64_t i = end - begin; i < count * kDepth; ++i) halves[i] = 0;  // beyond the depth
   } else {
     uint16_t values[kLoadChunk];  // count < kLoadChunk
     load_row(operand, row, begin, end - begin, values);
@@ -303,5 +317,50 @@ inline void pack_strips(const Operand& operand, int64_t begin, int64_t end, int6
     pack_rows_strip<Format, kWidth>(operand, i, end - i < kWidth ? end - i : kWidth, depth, panels);
   }
 }
+
+// The same for the A side.
+#if GLAM_AMX
+inline void transpose_tiles(uint32_t* block) {
+  constexpr int lanes = VectorOf<uint32_t>::lanes;
+  uint32_t copy[tiles::kColumns][kTileRows];
+  const uint32_t* steps[tiles::kColumns];
+  std::memcpy(copy, block, sizeof(copy));
+  for (int i = 0; i < tiles::kColumns; ++i) steps[i] = copy[i];
+  for (int i = 0; i < tiles::kColumns; i += lanes) {
+    interleave<tiles::kColumns, lanes>(steps + i, kTileRows, block + i);
+  }
+}
+
+template <class Format>
+inline void pack_left_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth, uint32_t* panels) {
+  constexpr int64_t kChunk = 1552;  // steps; a multiple of a tile's
+  static constexpr uint32_t zeros[kChunk] = {};
+  uint32_t buffer[kChunk];
+  const int64_t steps = Format::steps(depth);
+  const int64_t strips = (end - begin + kTileRows - 1) / kTileRows;
+  if (operand.rows_are_k) {
+    pack_strips<Format, kTileRows>(operand, begin, end, depth, panels);
+    for (int64_t step = 0; step < strips * steps; step += tiles::kColumns) transpose_tiles(panels + step * kTileRows);
+    return;
+  }
+  for (int64_t i = 0; i < strips * kTileRows; ++i) {
+    uint32_t* const out = panels + i / kTileRows * kTileRows * steps + i % kTileRows * tiles::kColumns;
+    for (int64_t step = 0; step < steps; step += kChunk) {
+      const int64_t part = steps - step < kChunk ? steps - step : kChunk;
+      const bool valid = begin + i < end;
+      const uint32_t* const row = valid ? load_steps(Format(), operand, begin + i, step, part, depth, buffer) : zeros;
+      for (int64_t done = 0; done < part; done += tiles::kColumns) {
+        std::memcpy(out + (step + done) * kTileRows, row + done, tiles::kColumns * sizeof(uint32_t));
+      }
+    }
+  }
+}
+#else
+template <class Format>
+inline void pack_left_strips(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
+                             typename Format::Element* panels) {
+  pack_strips<Format, kTileRows>(operand, begin, end, depth, panels);
+}
+#endif
 
 }  // namespace glam::cpu::GLAM_ISA

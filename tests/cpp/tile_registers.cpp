@@ -1,0 +1,114 @@
+// The bfloat16 product core for AMX with emulated tile registers: products of operands of every kind against double, and
+// the promise that an element's bits depend on its row and column alone. Prints the largest relative error.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels/gemm_functions.h"
+
+namespace kernels = glam::cpu::GLAM_ISA;
+using glam::cpu::Operand;
+using glam::cpu::Type;
+
+namespace {
+
+const auto functions = kernels::GemmEntries<kernels::Bf16Precision>::functions();
+std::mt19937 generator(1);
+
+// A matrix [outer][depth] and the ways in which an operand can hold it.
+struct Matrix {
+  int64_t outer, depth;
+  std::vector<double> exact;        // rounded to bfloat16
+  std::vector<float> floats;        // of the layout
+  std::vector<uint16_t> halves;
+  std::vector<int32_t> order;       // the row of the data for each row of the operand
+  Operand operand;
+
+  Matrix(int64_t outer_, int64_t depth_, bool rows_are_k, bool is_float, bool gathered)
+      : outer(outer_), depth(depth_), exact(outer * depth) {
+    const int64_t rows = rows_are_k ? depth : outer, columns = rows_are_k ? outer : depth;
+    floats.resize(rows * columns);
+    halves.resize(rows * columns);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      halves[i] = kernels::float_to_bf16(floats[i] = normal(generator));
+    }
+    for (int64_t i = 0; i < rows; ++i) order.push_back(static_cast<int32_t>(i * 7 % rows));
+    for (int64_t i = 0; i < outer; ++i) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t row = rows_are_k ? k : i, column = rows_are_k ? i : k;
+        exact[i * depth + k] = kernels::bf16_to_float(halves[(gathered ? order[row] : row) * columns + column]);
+      }
+    }
+    operand.data = is_float ? static_cast<const void*>(floats.data()) : halves.data();
+    operand.type = is_float ? Type::f32 : Type::bf16;
+    operand.row_stride = columns;
+    operand.rows_are_k = rows_are_k;
+    if (gathered) {
+      operand.row_index = order.data();
+      operand.row_divisor = 1;
+    }
+  }
+};
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Rows [begin, end) of A times B.
+std::vector<float> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
+  const int64_t rows = round_up(end - begin, functions.tile_rows), columns = round_up(b.outer, functions.tile_columns);
+  std::vector<char> left(rows * functions.panel_bytes(a.depth)), right(columns * functions.panel_bytes(a.depth));
+  std::vector<float> c(rows * columns, NAN);
+  functions.pack_a(a.operand, begin, end, a.depth, left.data());
+  functions.pack_b(b.operand, 0, b.outer, a.depth, right.data());
+  functions.multiply(end - begin, b.outer, a.depth, left.data(), right.data(), c.data(), columns);
+  std::vector<float> result;
+  for (int64_t i = 0; i < end - begin; ++i) result.insert(result.end(), &c[i * columns], &c[i * columns] + b.outer);
+  return result;
+}
+
+double check(const Matrix& a, const Matrix& b) {
+  const std::vector<float> c = product(a, b, 0, a.outer);
+  double worst = 0;
+  for (int64_t i = 0; i < a.outer; ++i) {
+    for (int64_t j = 0; j < b.outer; ++j) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < a.depth; ++k) {
+        const double term = a.exact[i * a.depth + k] * b.exact[j * a.depth + k];
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double error = std::fabs(c[i * b.outer + j] - sum);
+      worst = std::fmax(worst, std::isnan(error) ? INFINITY : size > 0 ? error / size : error);
+    }
+  }
+  const int64_t row = a.outer / 2;
+  const std::vector<float> alone = product(a, b, row, row + 1);
+  if (std::memcmp(alone.data(), &c[row * b.outer], alone.size() * sizeof(float)) != 0) {
+    std::printf("row %lld of %lld differs when it is alone\n", static_cast<long long>(row),
+                static_cast<long long>(a.outer));
+    std::exit(1);
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main() {
+  double worst = 0;
+  int kind = 0;
+  for (const int64_t depth : {0, 1, 2, 31, 32, 33, 64, 95, 513, 1025, 3200}) {
+    for (const int64_t rows : {1, 16, 17, 32, 70}) {
+      for (const int64_t columns : {1, 32, 33}) {
+        kind = depth > 1000 ? kind + 5 : 0;  // long ones take turns
+        do {
+          const Matrix a(rows, depth, kind & 1, kind & 2, kind & 4), b(columns, depth, kind & 8, kind & 2, kind & 4);
+          worst = std::fmax(worst, check(a, b));
+        } while (++kind % 16 != 0 && depth <= 1000);
+      }
+    }
+  }
+  std::printf("%.3g\n", worst);
+}
