@@ -116,11 +116,19 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
 #if GLAM_AMX
   const tiles::Session session;
 #endif
+  // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it.
+  constexpr int64_t kLine = 64;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     const int64_t part = steps - step < kBlockSteps ? steps - step : kBlockSteps;
+    const int64_t share = part * kTileColumns<Sum> * static_cast<int64_t>(sizeof(Element)) / tiles + 1;
     for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
       const Element* const b = b_panels + j * steps + step * kTileColumns<Sum>;
-      for (int64_t i = 0; i < rows; i += kTileRows) {
+      const bool last = j + kTileColumns<Sum> >= columns;
+      const char* next = reinterpret_cast<const char*>(last ? b_panels + (step + part) * kTileColumns<Sum>
+                                                            : b + steps * kTileColumns<Sum>);
+      for (int64_t i = 0; i < rows; i += kTileRows, next += share) {
+        for (int64_t byte = 0; byte < share; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
         const Element* const a = a_panels + i * steps + step * kTileRows;
         Sum* const tile = c + i * c_stride + j;
         const int64_t valid = rows - i;
