@@ -4,7 +4,7 @@
 
 The layer: router, top-2 gating, plan, E ReLU experts, combine; T = 2048 tokens, D = 768, F = 3072, activations in
 bfloat16 or float32, float32 weights, balanced random routing. Everything that a step makes is made: gradients are
-fresh, or (the lines "added") added to those that are there.
+fresh, or (the lines "added") added to those that are there, by autograd and under `accumulate_in_place`.
 
 bound   FLOPs / dense + mandatory bytes / copy (benchmarks/reference_rates.py): float32 weights read once forward and
         once backward, their packed copies written and read, gradients written once
@@ -19,6 +19,7 @@ turns. `--pages huge` runs everything with transparent huge pages for torch's ow
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -28,6 +29,8 @@ import torch
 from common import medians, parser, print_header
 from reference_rates import copy_rate, dense_rate
 from torch import Tensor, nn
+
+from glam_ext.ops import accumulate_in_place
 
 T, D, F = 2048, 768, 3072
 
@@ -112,11 +115,12 @@ def layers(experts: int, dtype: torch.dtype) -> dict[str, Layer]:
     return found
 
 
-def step(layer: Layer, keep_gradients: bool) -> None:
+def step(layer: Layer, gradients: str = "fresh") -> None:
     forward, inputs = layer
     y = forward()
-    y.backward(torch.ones_like(y))
-    if not keep_gradients:
+    with accumulate_in_place() if gradients == "added in place" else contextlib.nullcontext():
+        y.backward(torch.ones_like(y))
+    if gradients == "fresh":
         for tensor in inputs:
             tensor.grad = None
 
@@ -145,14 +149,13 @@ def main() -> None:
             print(f"{str(dtype)[6:]}: dense {dense / 1e9:.0f} GFLOP/s ({whose})")
             for experts in chosen.experts:
                 everything = layers(experts, dtype)
-                fresh = medians(
-                    {n: functools.partial(step, layer, False) for n, layer in everything.items()}, chosen.repeats
-                )
+                fresh = medians({n: functools.partial(step, layer) for n, layer in everything.items()}, chosen.repeats)
                 limit, ours = bound(experts, dtype, dense, copy), fresh["glam"]
                 peers = "  ".join(f"{name} {value / ours:.2f}" for name, value in fresh.items() if name != "glam")
                 print(f"  E {experts:<4} {ours * 1e3:8.1f} ms, {ours / limit:.2f} of the bound; {peers}")
-                added = medians({"glam": functools.partial(step, everything["glam"], True)}, chosen.repeats)["glam"]
-                print(f"         added {added * 1e3:8.1f} ms, {added / ours:.2f} of fresh")
+                ways = ("added", "added in place")
+                added = medians({w: functools.partial(step, everything["glam"], w) for w in ways}, chosen.repeats)
+                print("        ", "  ".join(f"{way} {value / ours:.2f} of fresh" for way, value in added.items()))
                 del everything
 
 

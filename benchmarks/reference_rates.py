@@ -1,8 +1,8 @@
 """What this machine can do, measured in the same run as what is compared with it: products and copies.
 
 dense   GFLOP/s of one product of the layer's size: the best of torch's mm with the second operand as it lies (NN) or
-        transposed (NT), and of oneDNN's batch-reduce GEMM (brgemm) on operands that were packed before the clock starts;
-        in bfloat16 also the best in float32, which is the faster on CPUs without bfloat16 instructions
+        transposed (NT), and of oneDNN's batch-reduce GEMM (brgemm) on operands packed before the clock starts; in
+        bfloat16 also the best in float32, which is the faster on CPUs without bfloat16 instructions
 copy    bytes read and written per second by a threaded copy between warm tensors larger than the caches
 """
 

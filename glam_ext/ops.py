@@ -8,12 +8,13 @@ Every op raises RuntimeError with `glam::op: expected ..., got ...` on arguments
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-import glam_ext  # noqa: F401  (registers torch.ops.glam)
+from glam_ext import _C  # registers torch.ops.glam
 
 # --- gating and routing
 
@@ -226,6 +227,22 @@ def exchange_mlp(
     return torch.ops.glam.exchange_mlp(
         rows, offsets, list(out_splits), list(in_splits), wi, wo, wg, activation, group, chunks
     )
+
+
+@contextmanager
+def accumulate_in_place() -> Iterator[None]:
+    """Backward passes inside, on this thread, add the gradients of experts' weights to the present ones as they go.
+
+    Micro-batches then neither write nor hold a second set of gradients of `moe_mlp`, `expert_mlp` and `exchange_mlp`.
+    What .grad is afterwards (to the bit for float32 weights) and which hooks run is the same as without. It applies
+    where autograd would add in place too and nothing looks at the new part alone: weights that are leaves with a
+    contiguous .grad of their dtype and without hooks of their own (`Tensor.register_hook`; those that run after
+    accumulation are no obstacle), in a `backward()` over the whole graph without create_graph. Everything else is as
+    ever, `torch.autograd.grad` included. Two threads must not run backward passes over the same weights meanwhile. If
+    such a pass fails, the gradients are undefined.
+    """
+    with _C.AccumulateInPlace():
+        yield
 
 
 def geglu_mlp(x: Tensor, w0: Tensor, w1: Tensor, wo: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ Tensor backward_rows(const Segments& segments, const Hidden& grad_hidden, const 
   return grad_rows;
 }
 
-// Writes the weights' gradients. grad, rows and gates as in backward_hidden; `rows` are what the experts received.
+// Fills the weights' gradients. grad, rows and gates as in backward_hidden; `rows` are what the experts received.
 template <class T>
 void backward_weights(const Operand& grad, const Operand& rows, const Segments& segments, const Hidden& hidden,
                       const Hidden& grad_hidden, Transform activation, const T* gates,
@@ -243,6 +243,7 @@ void backward_weights(const Operand& grad, const Operand& rows, const Segments& 
   std::vector<Product> products;
   for (int64_t e = 0; e < segments.num_experts(); ++e) {
     const int64_t start = starts[e], depth = starts[e + 1] - start;
+    if (depth == 0 && gradients.add) continue;
     const Operand x_k = as_reduction(rows, picked_source.data() + start);
     Operand grad_k = as_reduction(grad, picked_source.data() + start);
     grad_k.row_scale = gates ? picked_gates.data() + start : nullptr;
@@ -251,11 +252,13 @@ void backward_weights(const Operand& grad, const Operand& rows, const Segments& 
     const auto grad_pre_k = [&](const Tensor& matrix) {
       return as_reduction(outer_rows(matrix), picked_rows.data() + start);
     };
-    products.push_back({hidden_k, grad_k, output_to_part(gradients.wo[e], gradients.wo), F, D, depth});
-    products.push_back({x_k, grad_pre_k(grad_hidden.pre), output_to_part(gradients.wi[e], gradients.wi), D, F, depth});
+    const auto output = [&](const Tensor& gradient) {
+      return gradients.add ? output_to(gradient[e], true) : output_to_part(gradient[e], gradient);
+    };
+    products.push_back({hidden_k, grad_k, output(gradients.wo), F, D, depth});
+    products.push_back({x_k, grad_pre_k(grad_hidden.pre), output(gradients.wi), D, F, depth});
     if (activation == Transform::geglu) {
-      products.push_back(
-          {x_k, grad_pre_k(grad_hidden.pre_gate), output_to_part(gradients.wg[e], gradients.wg), D, F, depth});
+      products.push_back({x_k, grad_pre_k(grad_hidden.pre_gate), output(gradients.wg), D, F, depth});
     }
   }
   run_products<T>(products, precision_of(hidden.pre.scalar_type()));
@@ -294,15 +297,15 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_rows(const Tensor& grad_,
 
 void expert_mlp_backward_weights(const Tensor& grad_, const Tensor& rows_, const OptionalTensor& offsets,
                                  const Tensor& pre, const Tensor& pre_gate, const Tensor& grad_pre,
-                                 const Tensor& grad_pre_gate, c10::string_view activation, const Tensor& grad_wi,
-                                 const Tensor& grad_wo, const Tensor& grad_wg) {
+                                 const Tensor& grad_pre_gate, c10::string_view activation, bool add,
+                                 const Tensor& grad_wi, const Tensor& grad_wo, const Tensor& grad_wg) {
   const Tensor grad = grad_.contiguous(), rows = rows_.contiguous();
   const Segments segments("glam::expert_mlp", offsets, rows.size(0), grad_wi.size(0));
   dispatch_accumulation(rows.scalar_type(), [&](auto zero) {
     backward_weights<decltype(zero)>(outer_rows(grad), outer_rows(rows), segments,
                                      {pre.contiguous(), pre_gate.contiguous()},
                                      {grad_pre.contiguous(), grad_pre_gate.contiguous()}, activation_of(activation),
-                                     nullptr, {grad_wi, grad_wo, grad_wg});
+                                     nullptr, {grad_wi, grad_wo, grad_wg, add});
   });
 }
 
@@ -363,16 +366,17 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp_forward(const Tensor& x_, const Tenso
   return {y, hidden.pre, hidden.pre_gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
-    const Tensor& grad_, const Tensor& x_, const Tensor& gates_, const Tensor& row_of_choice,
-    const Tensor& choice_of_row, const Tensor& offsets, const Tensor& pre, const Tensor& pre_gate, const Tensor& wi,
-    const Tensor& wo, const OptionalTensor& wg, c10::string_view activation) {
+std::tuple<Tensor, Tensor> moe_mlp_backward_into(const Tensor& grad_, const Tensor& x_, const Tensor& gates_,
+                                                 const Tensor& row_of_choice, const Tensor& choice_of_row,
+                                                 const Tensor& offsets, const Tensor& pre, const Tensor& pre_gate,
+                                                 const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                                                 c10::string_view activation, bool add, const Tensor& grad_wi,
+                                                 const Tensor& grad_wo, const Tensor& grad_wg) {
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), gates = gates_.contiguous();
   const PlanView plan(row_of_choice, choice_of_row);
   const Segments segments("glam::moe_mlp", offsets, plan.num_rows, wi.size(0));
   const Weights weights(wi, wo, wg, x.scalar_type());
   const Tensor grad_x = empty_large(x.sizes(), x.options()), grad_gates = at::zeros_like(gates);
-  const auto gradients = experts::WeightGradients::empty(wi, wo, wg);
   dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> row_gates(plan.num_rows), row_grad_gates(plan.num_rows);
@@ -390,9 +394,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     }
     combine<T>(backward_rows<T>(segments, grad_hidden, weights), plan, nullptr, grad_x);
     backward_weights<T>(plan.gather(grad), plan.gather(x), segments, hidden, grad_hidden, transform, row_gates.data(),
-                        gradients);
+                        {grad_wi, grad_wo, grad_wg, add});
   });
-  return {grad_x, grad_gates, gradients.wi, gradients.wo, gradients.wg};
+  return {grad_x, grad_gates};
 }
 
 }  // namespace
@@ -402,7 +406,7 @@ TORCH_LIBRARY_IMPL(glam, CPU, m) {
   m.impl("_expert_mlp_backward_rows", expert_mlp_backward_rows);
   m.impl("_expert_mlp_backward_weights", expert_mlp_backward_weights);
   m.impl("_moe_mlp_forward", moe_mlp_forward);
-  m.impl("_moe_mlp_backward", moe_mlp_backward);
+  m.impl("_moe_mlp_backward_into", moe_mlp_backward_into);
 }
 
 }  // namespace glam::cpu

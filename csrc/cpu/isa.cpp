@@ -36,10 +36,8 @@ constexpr bool kHaveAvx512 = false;
 
 // Narrowest first: the choice takes the last usable one.
 constexpr std::array kIsas{
-    IsaEntry{Isa::baseline, "baseline", true},
-    IsaEntry{Isa::avx2, "avx2", kHaveAvx2},
-    IsaEntry{Isa::avx512, "avx512", kHaveAvx512},
-    IsaEntry{Isa::avx512bf16, "avx512bf16", kHaveAvx512},
+    IsaEntry{Isa::baseline, "baseline", true},    IsaEntry{Isa::avx2, "avx2", kHaveAvx2},
+    IsaEntry{Isa::avx512, "avx512", kHaveAvx512}, IsaEntry{Isa::avx512bf16, "avx512bf16", kHaveAvx512},
     IsaEntry{Isa::amx, "amx", kHaveAvx512},
 };
 
@@ -93,8 +91,8 @@ Isa choose_isa() {
   const char* requested = std::getenv("GLAM_CPU_ISA");
   if (requested != nullptr && *requested != '\0') {
     const auto entry = std::find_if(kIsas.begin(), kIsas.end(), [&](const IsaEntry& e) { return e.name == requested; });
-    TORCH_CHECK(entry != kIsas.end(), "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512, avx512bf16 or amx, got ",
-                requested);
+    TORCH_CHECK(entry != kIsas.end(),
+                "glam: expected GLAM_CPU_ISA to be baseline, avx2, avx512, avx512bf16 or amx, got ", requested);
     TORCH_CHECK(usable(*entry), "glam: expected GLAM_CPU_ISA to name an instruction set that this build (",
                 joined(compiled_isas()), ") and this CPU (", joined(supported_isas()), ") both have, got ", requested);
     return entry->isa;

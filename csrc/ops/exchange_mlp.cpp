@@ -168,14 +168,15 @@ ForwardResult forward(const Tensor& rows, const Tensor& offsets, c10::SymIntArra
   return {out, std::move(saved)};
 }
 
-BackwardResult backward(const Tensor& grad, at::TensorList saved, const Tensor& offsets, c10::SymIntArrayRef out_splits,
-                        c10::SymIntArrayRef in_splits, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
-                        c10::string_view activation, c10::string_view group_name, int64_t chunks) {
+// The gradients of the weights go where `weights` says and are returned with the others.
+BackwardResult backward_into(const Tensor& grad, at::TensorList saved, const Tensor& offsets,
+                             c10::SymIntArrayRef out_splits, c10::SymIntArrayRef in_splits, const Tensor& wi,
+                             const Tensor& wo, const OptionalTensor& wg, c10::string_view activation,
+                             c10::string_view group_name, int64_t chunks, const experts::WeightGradients& weights) {
   const std::string group(group_name);
   const Schedule schedule(checked_route(kOp, grad.size(0), out_splits, in_splits, group, chunks), wi, group, chunks);
   const Tensor& received = saved[0];
   const Tensor grad_results = at::empty(received.sizes(), received.options());
-  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
   const Tensor grad_rows =
       through_experts(grad, grad_results, schedule, group, [&](size_t n, const Chunk& chunk, auto&& send) {
         const Tensor grad_result = chunk.received_rows(grad_results), segments = chunk.segments(offsets);
@@ -183,11 +184,18 @@ BackwardResult backward(const Tensor& grad, at::TensorList saved, const Tensor& 
         const auto [grad_received, grad_pre, grad_pre_gate] = experts::backward_rows(
             grad_result, segments, pre, pre_gate, chunk.weight(wi), chunk.weight(wo), chunk.weight(wg), activation);
         send(grad_received);
-        experts::backward_weights(
-            grad_result, chunk.received_rows(received), segments, pre, pre_gate, grad_pre, grad_pre_gate, activation,
-            {chunk.weight(weights.wi), chunk.weight(weights.wo), wg ? chunk.weight(weights.wg) : weights.wg});
+        experts::backward_weights(grad_result, chunk.received_rows(received), segments, pre, pre_gate, grad_pre,
+                                  grad_pre_gate, activation,
+                                  {chunk.weight(weights.wi), chunk.weight(weights.wo),
+                                   wg ? chunk.weight(weights.wg) : weights.wg, weights.add});
       });
   return {grad_rows, weights.wi, weights.wo, weights.wg};
+}
+BackwardResult backward(const Tensor& grad, at::TensorList saved, const Tensor& offsets, c10::SymIntArrayRef out_splits,
+                        c10::SymIntArrayRef in_splits, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                        c10::string_view activation, c10::string_view group, int64_t chunks) {
+  return backward_into(grad, saved, offsets, out_splits, in_splits, wi, wo, wg, activation, group, chunks,
+                       experts::WeightGradients::empty(wi, wo, wg));
 }
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
@@ -212,17 +220,24 @@ struct ExchangeMlpFunction : torch::autograd::Function<ExchangeMlpFunction> {
     auto& data = ctx->saved_data;
     const auto* const inputs = tensors.data() + tensors.size() - 4;
     const at::TensorList saved(tensors.data(), tensors.size() - 4);
+    const auto& [offsets, wi, wo, wg_] = std::tie(inputs[0], inputs[1], inputs[2], inputs[3]);
+    const OptionalTensor wg = optional(wg_);
+    const auto out_splits = data["out_splits"].toSymIntVector(), in_splits = data["in_splits"].toSymIntVector();
+    const std::string &activation = data["activation"].toStringRef(), &group = data["group"].toStringRef();
+    const int64_t chunks = data["chunks"].toInt();
+    const auto taken = experts::WeightGradients::taken_from(wi, wo, wg);
     const auto [grad_rows, grad_wi, grad_wo, grad_wg] =
-        backward_op().call(grads[0], saved, inputs[0], data["out_splits"].toSymIntVector(),
-                           data["in_splits"].toSymIntVector(), inputs[1], inputs[2], optional(inputs[3]),
-                           data["activation"].toStringRef(), data["group"].toStringRef(), data["chunks"].toInt());
+        taken ? backward_into(grads[0], saved, offsets, out_splits, in_splits, wi, wo, wg, activation, group, chunks,
+                              *taken)
+              : backward_op().call(grads[0], saved, offsets, out_splits, in_splits, wi, wo, wg, activation, group,
+                                   chunks);
     const auto if_needed = [&](size_t index, const Tensor& gradient) {
       return ctx->needs_input_grad(index) ? gradient : Tensor();
     };
     return {if_needed(0, grad_rows), Tensor(), Tensor(), Tensor(),
             // Two arguments before these are no tensors and have no index.
-            if_needed(2, grad_wi), if_needed(3, grad_wo), inputs[3].defined() ? if_needed(4, grad_wg) : Tensor(),
-            Tensor(), Tensor(), Tensor()};
+            if_needed(2, grad_wi), if_needed(3, grad_wo), wg ? if_needed(4, grad_wg) : Tensor(), Tensor(), Tensor(),
+            Tensor()};
   }
 };
 

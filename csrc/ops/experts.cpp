@@ -12,7 +12,13 @@
 // for float64). Sources: GShard (arXiv 2006.16668) section 3.2; GLaM (arXiv 2112.06905) section 3; GEGLU from
 // arXiv 2002.05202.
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <tuple>
+#include <utility>
 
 #include "glam/ops.h"
 #include "ops/checks.h"
@@ -21,6 +27,8 @@
 
 namespace glam {
 namespace {
+
+thread_local bool accumulate_in_place = false;
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -33,13 +41,17 @@ using ExpertBackward = BackwardResult(const Tensor&, const Tensor&, const Option
 using ExpertBackwardRows = ForwardResult(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
                                          const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
 using ExpertBackwardWeights = void(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                                   const Tensor&, const Tensor&, c10::string_view, const Tensor&, const Tensor&,
+                                   const Tensor&, const Tensor&, c10::string_view, bool, const Tensor&, const Tensor&,
                                    const Tensor&);
 using MoeForward = ForwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
 using MoeBackward = MoeBackwardResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                       const OptionalTensor&, c10::string_view);
+using MoeBackwardInto = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                   const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                   const Tensor&, const Tensor&, const OptionalTensor&,
+                                                   c10::string_view, bool, const Tensor&, const Tensor&, const Tensor&);
 
 const auto& expert_backward_op() {
   static const auto op = find_op<ExpertBackward>("glam::_expert_mlp_backward");
@@ -53,10 +65,52 @@ const auto& moe_backward_op() {
   static const auto op = find_op<MoeBackward>("glam::_moe_mlp_backward");
   return op;
 }
+const auto& moe_backward_into_op() {
+  static const auto op = find_op<MoeBackwardInto>("glam::_moe_mlp_backward_into");
+  return op;
+}
+
+constexpr auto kMutating = {"_expert_mlp_backward_weights", "_moe_mlp_backward_into"};
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 Tensor if_needed(bool needed, const Tensor& gradient) { return needed ? gradient : Tensor(); }
+
+// The gradients of the weights go where `weights` says and are returned with the others.
+BackwardResult expert_mlp_backward_into(const Tensor& grad_, const Tensor& rows, const OptionalTensor& offsets,
+                                        const Tensor& pre, const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
+                                        const OptionalTensor& wg, c10::string_view activation,
+                                        const experts::WeightGradients& weights) {
+  const Tensor grad = grad_.contiguous();  // once for both
+  const auto [grad_rows, grad_pre, grad_pre_gate] =
+      experts::backward_rows(grad, offsets, pre, pre_gate, wi, wo, wg, activation);
+  experts::backward_weights(grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, weights);
+  return {grad_rows, weights.wi, weights.wo, weights.wg};
+}
+BackwardResult expert_mlp_backward(const Tensor& grad, const Tensor& rows, const OptionalTensor& offsets,
+                                   const Tensor& pre, const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
+                                   const OptionalTensor& wg, c10::string_view activation) {
+  return expert_mlp_backward_into(grad, rows, offsets, pre, pre_gate, wi, wo, wg, activation,
+                                  experts::WeightGradients::empty(wi, wo, wg));
+}
+
+MoeBackwardResult moe_mlp_backward_into(const Tensor& grad, const Tensor& x, const Tensor& gates,
+                                        const Tensor& row_of_choice, const Tensor& choice_of_row, const Tensor& offsets,
+                                        const Tensor& pre, const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
+                                        const OptionalTensor& wg, c10::string_view activation,
+                                        const experts::WeightGradients& weights) {
+  const auto [grad_x, grad_gates] =
+      moe_backward_into_op().call(grad, x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo, wg,
+                                  activation, weights.add, weights.wi, weights.wo, weights.wg);
+  return {grad_x, grad_gates, weights.wi, weights.wo, weights.wg};
+}
+MoeBackwardResult moe_mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
+                                   const Tensor& row_of_choice, const Tensor& choice_of_row, const Tensor& offsets,
+                                   const Tensor& pre, const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
+                                   const OptionalTensor& wg, c10::string_view activation) {
+  return moe_mlp_backward_into(grad, x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo, wg,
+                               activation, experts::WeightGradients::empty(wi, wo, wg));
+}
 
 struct ExpertFunction : torch::autograd::Function<ExpertFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,
@@ -69,15 +123,20 @@ struct ExpertFunction : torch::autograd::Function<ExpertFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
+    const auto& [rows, offsets_, pre, pre_gate, wi, wo, wg_] =
+        std::tie(saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]);
+    const OptionalTensor offsets = optional(offsets_), wg = optional(wg_);
+    const std::string& activation = ctx->saved_data["activation"].toStringRef();
+    const auto taken = experts::WeightGradients::taken_from(wi, wo, wg);
     const auto [grad_rows, grad_wi, grad_wo, grad_wg] =
-        expert_backward_op().call(grads[0], saved[0], optional(saved[1]), saved[2], saved[3], saved[4], saved[5],
-                                  optional(saved[6]), ctx->saved_data["activation"].toStringRef());
-    const size_t weights = saved[1].defined() ? 2 : 1;  // absent offsets are no input and have no index
+        taken ? expert_mlp_backward_into(grads[0], rows, offsets, pre, pre_gate, wi, wo, wg, activation, *taken)
+              : expert_backward_op().call(grads[0], rows, offsets, pre, pre_gate, wi, wo, wg, activation);
+    const size_t weights = offsets ? 2 : 1;  // absent offsets are no input and have no index
     return {if_needed(ctx->needs_input_grad(0), grad_rows),
             Tensor(),
             if_needed(ctx->needs_input_grad(weights), grad_wi),
             if_needed(ctx->needs_input_grad(weights + 1), grad_wo),
-            if_needed(saved[6].defined(), grad_wg),
+            if_needed(wg.has_value(), grad_wg),
             Tensor()};
   }
 };
@@ -95,9 +154,16 @@ struct MoeFunction : torch::autograd::Function<MoeFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
+    const auto& [x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo, wg_] =
+        std::tie(saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9]);
+    const OptionalTensor wg = optional(wg_);
+    const std::string& activation = ctx->saved_data["activation"].toStringRef();
+    const auto taken = experts::WeightGradients::taken_from(wi, wo, wg);
     const auto [grad_x, grad_gates, grad_wi, grad_wo, grad_wg] =
-        moe_backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7],
-                               saved[8], optional(saved[9]), ctx->saved_data["activation"].toStringRef());
+        taken ? moe_mlp_backward_into(grads[0], x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo,
+                                      wg, activation, *taken)
+              : moe_backward_op().call(grads[0], x, gates, row_of_choice, choice_of_row, offsets, pre, pre_gate, wi, wo,
+                                       wg, activation);
     return {if_needed(ctx->needs_input_grad(0), grad_x),
             if_needed(ctx->needs_input_grad(1), grad_gates),
             Tensor(),
@@ -105,7 +171,7 @@ struct MoeFunction : torch::autograd::Function<MoeFunction> {
             Tensor(),
             if_needed(ctx->needs_input_grad(5), grad_wi),
             if_needed(ctx->needs_input_grad(6), grad_wo),
-            if_needed(saved[9].defined(), grad_wg),
+            if_needed(wg.has_value(), grad_wg),
             Tensor()};
   }
 };
@@ -119,17 +185,6 @@ Tensor expert_mlp_below_autograd(const Tensor& rows, const Tensor& offsets, cons
                                  const OptionalTensor& wg, c10::string_view activation) {
   checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
   return std::get<0>(experts::forward(rows, offsets, wi, wo, wg, activation));
-}
-
-BackwardResult expert_mlp_backward(const Tensor& grad_, const Tensor& rows, const OptionalTensor& offsets,
-                                   const Tensor& pre, const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
-                                   const OptionalTensor& wg, c10::string_view activation) {
-  const Tensor grad = grad_.contiguous();  // once for both
-  const auto [grad_rows, grad_pre, grad_pre_gate] =
-      experts::backward_rows(grad, offsets, pre, pre_gate, wi, wo, wg, activation);
-  const auto weights = experts::WeightGradients::empty(wi, wo, wg);
-  experts::backward_weights(grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, weights);
-  return {grad_rows, weights.wi, weights.wo, weights.wg};
 }
 
 Tensor moe_mlp_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
@@ -199,7 +254,7 @@ ForwardResult expert_backward_rows_meta(const Tensor& grad, const OptionalTensor
   return {like(grad), like(pre), like(pre_gate)};
 }
 void expert_backward_weights_meta(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                                  const Tensor&, const Tensor&, c10::string_view, const Tensor&, const Tensor&,
+                                  const Tensor&, const Tensor&, c10::string_view, bool, const Tensor&, const Tensor&,
                                   const Tensor&) {}
 ForwardResult moe_forward_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor& choice_of_row,
                                const Tensor&, const Tensor& wi, const Tensor&, const OptionalTensor& wg,
@@ -214,6 +269,13 @@ MoeBackwardResult moe_backward_meta(const Tensor&, const Tensor& x, const Tensor
   return {like(x), like(gates), weights.wi, weights.wo, weights.wg};
 }
 
+std::tuple<Tensor, Tensor> moe_backward_into_meta(const Tensor&, const Tensor& x, const Tensor& gates, const Tensor&,
+                                                  const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                  const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view,
+                                                  bool, const Tensor&, const Tensor&, const Tensor&) {
+  return {like(x), like(gates)};
+}
+
 }  // namespace
 
 experts::WeightGradients experts::WeightGradients::empty(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg) {
@@ -222,6 +284,32 @@ experts::WeightGradients experts::WeightGradients::empty(const Tensor& wi, const
   };
   return {gradient(wi), gradient(wo), wg ? gradient(*wg) : at::empty_symint({0}, wi.options())};
 }
+
+std::optional<experts::WeightGradients> experts::WeightGradients::taken_from(const Tensor& wi, const Tensor& wo,
+                                                                             const OptionalTensor& wg) {
+  const auto* const partial_graph = torch::autograd::get_current_graph_task_exec_info();  // of autograd::grad
+  if (!accumulate_in_place || at::GradMode::is_enabled() || !partial_graph || !partial_graph->empty()) return {};
+  const auto can_add = [](const Tensor& weight) {
+    if (!weight.is_leaf() || !weight.requires_grad() || !torch::autograd::impl::hooks(weight).empty()) return false;
+    const Tensor& grad = weight.grad();
+    return grad.defined() && grad.layout() == at::kStrided && grad.scalar_type() == weight.scalar_type() &&
+           grad.device() == weight.device() && grad.sizes() == weight.sizes() && grad.is_contiguous() &&
+           !grad.requires_grad();
+  };
+  if (!can_add(wi) || !can_add(wo) || (wg && !can_add(*wg))) return {};
+  if (wi.is_same(wo) || (wg && (wg->is_same(wi) || wg->is_same(wo)))) return {};
+  // A tensor of its own, which autograd need not copy even if someone holds the old one.
+  const auto take = [](const Tensor& weight) {
+    Tensor& grad = weight.mutable_grad();
+    Tensor taken = grad.detach();
+    grad.reset();
+    return taken;
+  };
+  return WeightGradients{take(wi), take(wo), wg ? take(*wg) : at::empty({0}, wi.options()), true};
+}
+
+AccumulateInPlace::AccumulateInPlace(bool enabled) : before_(std::exchange(accumulate_in_place, enabled)) {}
+AccumulateInPlace::~AccumulateInPlace() { accumulate_in_place = before_; }
 
 std::tuple<Tensor, Tensor, Tensor> experts::forward(const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,
                                                     const Tensor& wo, const OptionalTensor& wg,
@@ -242,8 +330,8 @@ void experts::backward_weights(const Tensor& grad, const Tensor& rows, const Opt
                                const Tensor& pre_gate, const Tensor& grad_pre, const Tensor& grad_pre_gate,
                                c10::string_view activation, const WeightGradients& gradients) {
   static const auto op = find_op<ExpertBackwardWeights>("glam::_expert_mlp_backward_weights");
-  op.call(grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, gradients.wi, gradients.wo,
-          gradients.wg);
+  op.call(grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, gradients.add, gradients.wi,
+          gradients.wo, gradients.wg);
 }
 
 void checks::plan(const char* op, const Tensor& row_of_choice, const Tensor& choice_of_row, const Tensor& offsets,
@@ -337,14 +425,15 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
       "_expert_mlp_backward(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, "
       "Tensor wo, Tensor? wg, str activation) -> (Tensor rows, Tensor wi, Tensor wo, Tensor wg)",
       tags);
-  // The two parts of that, for exchange_mlp: what others wait for, then the rest, written where the caller wants it.
+  // The two parts of that, for exchange_mlp: what others wait for, then the rest, written or added where the caller
+  // wants it.
   m.def(
       "_expert_mlp_backward_rows(Tensor grad, Tensor? offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, "
       "Tensor? wg, str activation) -> (Tensor rows, Tensor pre, Tensor pre_gate)",
       tags);
   m.def(
       "_expert_mlp_backward_weights(Tensor grad, Tensor rows, Tensor? offsets, Tensor pre, Tensor pre_gate, "
-      "Tensor grad_pre, Tensor grad_pre_gate, str activation, Tensor(a!) grad_wi, Tensor(b!) grad_wo, "
+      "Tensor grad_pre, Tensor grad_pre_gate, str activation, bool add, Tensor(a!) grad_wi, Tensor(b!) grad_wo, "
       "Tensor(c!) grad_wg) -> ()",
       tags);
   m.def(
@@ -356,6 +445,11 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
       "Tensor offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, Tensor? wg, str activation) -> "
       "(Tensor x, Tensor gates, Tensor wi, Tensor wo, Tensor wg)",
       tags);
+  m.def(
+      "_moe_mlp_backward_into(Tensor grad, Tensor x, Tensor gates, Tensor row_of_choice, Tensor choice_of_row, "
+      "Tensor offsets, Tensor pre, Tensor pre_gate, Tensor wi, Tensor wo, Tensor? wg, str activation, bool add, "
+      "Tensor(a!) grad_wi, Tensor(b!) grad_wo, Tensor(c!) grad_wg) -> (Tensor x, Tensor gates)",
+      tags);
 }
 TORCH_LIBRARY_IMPL(glam, Autograd, m) {
   m.impl("expert_mlp", expert_mlp_autograd);
@@ -365,13 +459,16 @@ TORCH_LIBRARY_IMPL(glam, Autograd, m) {
                            "_moe_mlp_forward", "_moe_mlp_backward"}) {
     m.impl(name, refuse_double_backward());
   }
-  m.impl("_expert_mlp_backward_weights", not_differentiable());
+  for (const char* name : kMutating) m.impl(name, not_differentiable());
 }
-TORCH_LIBRARY_IMPL(glam, ADInplaceOrView, m) { m.impl("_expert_mlp_backward_weights", bump_mutated_versions()); }
+TORCH_LIBRARY_IMPL(glam, ADInplaceOrView, m) {
+  for (const char* name : kMutating) m.impl(name, bump_mutated_versions());
+}
 TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) {
   m.impl("expert_mlp", expert_mlp_below_autograd);
   m.impl("_expert_mlp_backward", expert_mlp_backward);
   m.impl("moe_mlp", moe_mlp_below_autograd);
+  m.impl("_moe_mlp_backward", moe_mlp_backward);
   m.impl("geglu_mlp", geglu_mlp_below_autograd);
 }
 TORCH_LIBRARY_IMPL(glam, Meta, m) {
@@ -381,6 +478,7 @@ TORCH_LIBRARY_IMPL(glam, Meta, m) {
   m.impl("_expert_mlp_backward_weights", expert_backward_weights_meta);
   m.impl("_moe_mlp_forward", moe_forward_meta);
   m.impl("_moe_mlp_backward", moe_backward_meta);
+  m.impl("_moe_mlp_backward_into", moe_backward_into_meta);
 }
 namespace {
 void register_autocast(torch::Library& m) {

@@ -9,7 +9,13 @@ namespace glam::experts {
 struct WeightGradients {
   Tensor wi, wo, wg;
 
+  bool add = false;  // to what the tensors hold; otherwise they are overwritten
+
   static WeightGradients empty(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg);
+  // To add to while an AccumulateInPlace lives, if each weight is a leaf whose gradient autograd would only add to: these
+  // gradients, taken from the leaves. Autograd puts back what the backward pass returns without copying it, and all
+  // hooks run as ever.
+  static std::optional<WeightGradients> taken_from(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg);
 };
 
 // out, pre, pre_gate.
@@ -22,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& rows, const OptionalTen
 std::tuple<Tensor, Tensor, Tensor> backward_rows(const Tensor& grad, const OptionalTensor& offsets, const Tensor& pre,
                                                  const Tensor& pre_gate, const Tensor& wi, const Tensor& wo,
                                                  const OptionalTensor& wg, c10::string_view activation);
-// Overwrites `gradients`, which may be slices of larger tensors.
+// Fills `gradients`, which may be slices of larger tensors.
 void backward_weights(const Tensor& grad, const Tensor& rows, const OptionalTensor& offsets, const Tensor& pre,
                       const Tensor& pre_gate, const Tensor& grad_pre, const Tensor& grad_pre_gate,
                       c10::string_view activation, const WeightGradients& gradients);

@@ -17,6 +17,7 @@
 #include "glam/generate.h"
 #include "glam/load.h"
 #include "glam/nn.h"
+#include "glam/ops.h"
 
 namespace py = pybind11;
 
@@ -45,6 +46,18 @@ void bind_build_info(py::module_& m) {
         return out;
       },
       "Facts of the build and of the running process, as glam::BuildInfo.");
+}
+
+// glam::AccumulateInPlace as a context manager.
+struct AccumulateInPlaceContext {
+  std::optional<glam::AccumulateInPlace> guard;
+};
+
+void bind_ops(py::module_& m) {
+  py::class_<AccumulateInPlaceContext>(m, "AccumulateInPlace")
+      .def(py::init<>())
+      .def("__enter__", [](AccumulateInPlaceContext& self) { self.guard.emplace(); })
+      .def("__exit__", [](AccumulateInPlaceContext& self, const py::args&) { self.guard.reset(); });
 }
 
 // A configuration crosses as its JSON text: the Python dataclass stays an ordinary dataclass, and one parser serves all.
@@ -280,6 +293,7 @@ void bind_deployment(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   bind_build_info(m);
+  bind_ops(m);
   bind_config(m);
   bind_io(m);
   bind_data(m);

@@ -109,7 +109,10 @@ Sums accumulate_gradients(Training& training, const glam::data::Share& share, in
       }
     }
     if (first + size == here) training.reducer.start();  // sums over the processes while this last pass runs
-    total.backward();
+    {
+      const glam::AccumulateInPlace in_place;
+      total.backward();
+    }
     sums.nll = sums.nll + glam::ordered_sum(torch::where(weights != 0, loss.nll.detach().to(torch::kDouble), zero));
     sums.aux = sums.aux + loss.aux.detach().to(torch::kDouble) / num_parts;
   }

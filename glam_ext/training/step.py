@@ -20,6 +20,7 @@ from torch import Tensor
 from glam_ext.data import Batch, Whole
 from glam_ext.distributed import GradientReducer, Mesh
 from glam_ext.model import GLaM
+from glam_ext.ops import accumulate_in_place
 
 
 class StepSums(NamedTuple):
@@ -116,7 +117,8 @@ def accumulate_gradients(
         first_token += part.tokens.numel()
         if reducer is not None and first_token == last_token:
             reducer.start()
-        total.backward()
+        with accumulate_in_place():
+            total.backward()
         parts.append(
             StepSums(
                 total=total.detach().double(),

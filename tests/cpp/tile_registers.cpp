@@ -21,10 +21,10 @@ std::mt19937 generator(1);
 // A matrix [outer][depth] and the ways in which an operand can hold it.
 struct Matrix {
   int64_t outer, depth;
-  std::vector<double> exact;        // rounded to bfloat16
-  std::vector<float> floats;        // of the layout
+  std::vector<double> exact;  // rounded to bfloat16
+  std::vector<float> floats;  // of the layout
   std::vector<uint16_t> halves;
-  std::vector<int32_t> order;       // the row of the data for each row of the operand
+  std::vector<int32_t> order;  // the row of the data for each row of the operand
   Operand operand;
 
   Matrix(int64_t outer_, int64_t depth_, bool rows_are_k, bool is_float, bool gathered)

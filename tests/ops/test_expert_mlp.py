@@ -52,7 +52,7 @@ def test_backward_in_two_parts(name: str) -> None:
 
     around = [torch.full((size.shape[0] + 2, *size.shape[1:]), 7.0) if size.numel() else size for size in whole[1:]]
     slices = [tensor[1:-1] if tensor.numel() else tensor for tensor in around]
-    of_weights = (grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, *slices)
+    of_weights = (grad, rows, offsets, pre, pre_gate, grad_pre, grad_pre_gate, activation, False, *slices)
     torch.library.opcheck(glam._expert_mlp_backward_weights.default, of_weights)
     versions = [tensor._version for tensor in around]
     glam._expert_mlp_backward_weights(*of_weights)

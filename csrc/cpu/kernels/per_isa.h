@@ -68,18 +68,18 @@ const Functions<T>& functions_for(const TypedTable<Functions>& table) {
   inline const Table& active_##name() { return pick(&baseline::name, GLAM_AVX2_TABLE(name), GLAM_AVX512_TABLE(name)); }
 
 // The same for a *_bf16.cpp, with avx512bf16::name and amx::name.
-#define GLAM_PER_ISA_TABLE_WITH_BF16(Table, name)                                                               \
-  GLAM_DECLARE_TABLES(Table, name)                                                                              \
-  namespace avx512bf16 {                                                                                        \
-  extern const Table name;                                                                                      \
-  }                                                                                                             \
-  namespace amx {                                                                                               \
-  extern const Table name;                                                                                      \
-  }                                                                                                             \
-  inline const Table& active_##name() {                                                                         \
-    if (const Table* table = GLAM_AMX_TABLE(name); active_isa() == Isa::amx) return *table;                     \
-    if (const Table* table = GLAM_AVX512BF16_TABLE(name); active_isa() == Isa::avx512bf16) return *table;       \
-    return pick(&baseline::name, GLAM_AVX2_TABLE(name), GLAM_AVX512_TABLE(name));                               \
+#define GLAM_PER_ISA_TABLE_WITH_BF16(Table, name)                                                         \
+  GLAM_DECLARE_TABLES(Table, name)                                                                        \
+  namespace avx512bf16 {                                                                                  \
+  extern const Table name;                                                                                \
+  }                                                                                                       \
+  namespace amx {                                                                                         \
+  extern const Table name;                                                                                \
+  }                                                                                                       \
+  inline const Table& active_##name() {                                                                   \
+    if (const Table* table = GLAM_AMX_TABLE(name); active_isa() == Isa::amx) return *table;               \
+    if (const Table* table = GLAM_AVX512BF16_TABLE(name); active_isa() == Isa::avx512bf16) return *table; \
+    return pick(&baseline::name, GLAM_AVX2_TABLE(name), GLAM_AVX512_TABLE(name));                         \
   }
 
 #define GLAM_DECLARE_TABLES(Table, name) \

@@ -15,6 +15,25 @@
 
 namespace glam {
 
+// While one lives, backward passes that this thread runs add the gradients of experts' weights (moe_mlp, expert_mlp,
+// exchange_mlp) to those that the weights have, where they lie, as they are computed: micro-batches then neither write
+// nor hold a second set of them. What .grad() is afterwards, to the bit for float32 weights, and which hooks run is the
+// same as without. It applies where autograd would add in place too and nothing looks at the new part alone: weights that
+// are leaves with a contiguous gradient of their dtype and without hooks of their own (Tensor.register_hook; those that
+// run after accumulation are no obstacle), in a backward pass over the whole graph, without create_graph. Everything
+// else is as ever. Two threads must not run backward passes over the same weights meanwhile. If such a pass fails,
+// the gradients are undefined.
+class AccumulateInPlace {
+ public:
+  explicit AccumulateInPlace(bool enabled = true);
+  ~AccumulateInPlace();
+  AccumulateInPlace(const AccumulateInPlace&) = delete;
+  AccumulateInPlace& operator=(const AccumulateInPlace&) = delete;
+
+ private:
+  bool before_;
+};
+
 // --- Gating and routing: GShard (arXiv 2006.16668) algorithm 1 as GLaM (arXiv 2112.06905) uses it -------------------
 
 // Top-2 gating of logits [T, E]. Groups of group_size consecutive tokens (-1: all tokens are one group, even of none)
