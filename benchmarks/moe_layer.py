@@ -11,6 +11,8 @@ bound   FLOPs / dense + mandatory bytes / copy (benchmarks/reference_rates.py): 
 sort    rows sorted by expert and torch's grouped product, what most write today; weights cast in each step
 mixtral Transformers' Mixtral block under autocast, if it is installed, with its experts as a loop or as grouped
         products; F = 2048, as its experts have three matrices: the same FLOPs
+fairscale  its MOELayer with Top2Gate under autocast, if it is installed: one-hot dispatch by einsum, with a capacity
+        of 2 T / E, so tokens that we keep are dropped
 loop    rows of each expert gathered, weights sliced (E = 8 only: with 64 its backward takes minutes)
 
 Peers start from the same float32 weights and produce float32 gradients. Ratios are of their medians to ours; all take
@@ -82,6 +84,21 @@ def mixtral(experts: int, implementation: str) -> nn.Module | None:
     return block
 
 
+def fairscale(experts: int) -> nn.Module | None:
+    try:
+        import torch.distributed as dist
+        from fairscale.nn.moe import MOELayer, Top2Gate
+    except ImportError:
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    networks = (
+        nn.Sequential(nn.Linear(D, F, bias=False), nn.ReLU(), nn.Linear(F, D, bias=False)) for _ in range(experts)
+    )
+    layer: nn.Module = MOELayer(Top2Gate(D, experts), nn.ModuleList(networks))
+    return layer
+
+
 Layer = tuple[Callable[[], Tensor], list[Tensor]]
 
 
@@ -101,15 +118,16 @@ def layers(experts: int, dtype: torch.dtype) -> dict[str, Layer]:
         if experts <= 8
         else {"grouped_mm": "mixtral grouped"}
     )
-    for implementation, name in names.items():
-        if (block := mixtral(experts, implementation)) is None:
+    modules = {name: mixtral(experts, implementation) for implementation, name in names.items()}
+    for name, module in {**modules, "fairscale": fairscale(experts)}.items():
+        if module is None:
             continue
 
-        def run(block: nn.Module = block) -> Tensor:
+        def run(module: nn.Module = module) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                return block(x.view(1, T, D))
+                return module(x.view(experts, T // experts, D))  # fairscale divides the first size by the experts
 
-        found[name] = (run, [x, *block.parameters()])
+        found[name] = (run, [x, *module.parameters()])
     if experts <= 8:
         found["loop"] = (functools.partial(loop_layer, *inputs), inputs)
     return found
