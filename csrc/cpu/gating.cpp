@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/indices.h"
+#include "cpu/kernels/gating.h"
 #include "ops/routing.h"
 
 namespace glam::cpu {
@@ -36,33 +37,11 @@ bool raise_on_nonfinite() {
   return raise;
 }
 
-template <class T>
-int64_t first_largest(const T* values, int64_t count) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < count; ++i) {
-    if (values[i] > values[best]) best = i;
-  }
-  return best;
-}
-
-// p = softmax(logits) in Sum, the exponentials added in index order. False (and p undefined) if a logit is not finite.
+// p = softmax(logits). False (and p undefined) if a logit is not finite.
 template <class Scalar, class Sum>
 bool softmax(const Scalar* logits_E, int64_t E, Sum* p_E) {
-  Sum top = -std::numeric_limits<Sum>::infinity();
-  bool finite = true;
-  for (int64_t e = 0; e < E; ++e) {
-    p_E[e] = static_cast<Sum>(logits_E[e]);
-    finite &= std::isfinite(p_E[e]);
-    top = std::max(top, p_E[e]);
-  }
-  if (!finite) return false;
-  Sum total = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    p_E[e] = std::exp(p_E[e] - top);
-    total += p_E[e];
-  }
-  for (int64_t e = 0; e < E; ++e) p_E[e] /= total;
-  return true;
+  constexpr Type type = sizeof(Scalar) == 8 ? Type::f64 : sizeof(Scalar) == 4 ? Type::f32 : Type::bf16;
+  return gating_functions<Sum>().softmax(logits_E, type, E, p_E);
 }
 
 struct Problem {
@@ -114,11 +93,11 @@ void choose(const Problem& problem, int64_t t, const Scalar* logits_E, const dou
   if (real) {
     for (int64_t e = 0; e < E; ++e) p_sum_E[e] += static_cast<double>(p_E[e]);
   }
-  const int64_t first = first_largest(p_E, E);
+  const int64_t first = gating_functions<Sum>().first_largest(p_E, E);
   const Sum g1 = p_E[first];
   if (real) p_E[first] = 0;
   const int64_t second = problem.policy == SecondPolicy::sampling ? sample_second(logits_E, noise + t * E, E, first)
-                                                                  : first_largest(p_E, E);
+                                                                  : gating_functions<Sum>().first_largest(p_E, E);
   ids_2[0] = static_cast<int32_t>(first);
   ids_2[1] = static_cast<int32_t>(second);
   if (!real) return;
