@@ -170,11 +170,72 @@ class Run {
   std::vector<Batch> batches_;
 };
 
+// Products of so few rows that reading B is what takes time: tasks of some of its columns each.
+template <class T>
+class FewRows {
+ public:
+  FewRows(const std::vector<Product>& products, Precision precision)
+      : products_(products), functions_(gemm_functions<T>(precision)) {}
+
+  void operator()() const {
+    int64_t loaded_bytes = 0;
+    std::vector<Task> tasks;
+    for (const Product& p : products_) {
+      const int64_t columns = columns_per_task(p);
+      for (int64_t column = 0; column < p.n; column += columns) {
+        tasks.push_back({&p, loaded_bytes, column, std::min(columns, p.n - column)});
+      }
+      loaded_bytes += functions_.few_rows * functions_.panel_bytes(p.k);
+    }
+    static thread_local Scratch loaded_scratch;
+    char* const loaded = loaded_scratch.get<char>(loaded_bytes);
+    int64_t begin = 0;
+    for (const Product& p : products_) {
+      functions_.load_few(p.a, p.m, p.k, loaded + begin);
+      begin += functions_.few_rows * functions_.panel_bytes(p.k);
+    }
+    at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
+      static thread_local Scratch c_scratch;
+      for (int64_t i = first; i < last; ++i) {
+        const auto& [p, row_bytes, column, columns] = tasks[i];
+        const int64_t stride = round_up(columns, functions_.tile_columns);
+        T* const c = c_scratch.get<T>(functions_.few_rows * stride);
+        functions_.multiply_few(p->m, loaded + row_bytes, p->b, column, columns, p->k, c, stride);
+        functions_.store(c, stride, p->m, columns, p->c, 0, column);
+      }
+    });
+  }
+
+ private:
+  struct Task {
+    const Product* product;
+    int64_t loaded, column, columns;
+  };
+
+  // Long stretches of B's rows, whose sums stay in the L1 cache.
+  int64_t columns_per_task(const Product& p) const {
+    constexpr int64_t kSumBytes = 16 << 10;
+    const int64_t most = kSumBytes / (static_cast<int64_t>(sizeof(T)) * p.m);
+    const int64_t share = divide_up(p.n, at::get_num_threads());
+    return round_up(std::min(most, share), functions_.tile_columns);
+  }
+
+  const std::vector<Product>& products_;
+  const GemmFunctions<T>& functions_;
+};
+
 }  // namespace
 
 template <class T>
 void run_products(const std::vector<Product>& products, Precision precision) {
-  Run<T>(products, precision, nullptr)();
+  const GemmFunctions<T>& functions = gemm_functions<T>(precision);
+  const auto is_few = [&](const Product& p) {
+    return p.m <= functions.few_rows && p.m > 0 && p.n > 0 && p.k > 0 && functions.can_stream(p.a, p.b);
+  };
+  std::vector<Product> few, many;
+  for (const Product& p : products) (is_few(p) ? few : many).push_back(p);
+  if (!few.empty()) FewRows<T>(few, precision)();
+  if (!many.empty()) Run<T>(many, precision, nullptr)();
 }
 template <class T>
 void run_products(const std::vector<Product>& products, Precision precision, RowEpilogue<T> epilogue) {

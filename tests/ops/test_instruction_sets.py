@@ -14,7 +14,7 @@ import glam_ext
 CPU = glam_ext.build_info()["backends"]["cpu"]
 SETS = CPU["isa_compiled"]
 OPS = ["combine", "dispatch", "embedding", "expert_mlp", "geglu_mlp", "linear", "linear_cross_entropy", "moe_mlp",
-       "relative_attention", "relative_attention_step", "rms_norm", "tile_edges"]  # fmt: skip
+       "relative_attention", "relative_attention_step", "rms_norm", "few_rows", "tile_edges"]  # fmt: skip
 LEVELS = "test_reference or test_gradients or test_batch_invariance or tile_edges"
 
 

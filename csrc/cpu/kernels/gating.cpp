@@ -59,8 +59,7 @@ bool softmax(const void* logits, Type type, int64_t count, T* p) {
 
 }  // namespace
 
-extern const GatingTable gating_table = {
-    .f32 = {.softmax = &softmax<float>, .first_largest = &first_largest<float>},
-    .f64 = {.softmax = &softmax<double>, .first_largest = &first_largest<double>}};
+extern const GatingTable gating_table = {.f32 = {.softmax = &softmax<float>, .first_largest = &first_largest<float>},
+                                         .f64 = {.softmax = &softmax<double>, .first_largest = &first_largest<double>}};
 
 }  // namespace glam::cpu::GLAM_ISA

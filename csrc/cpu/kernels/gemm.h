@@ -17,16 +17,16 @@
 
 namespace glam::cpu::GLAM_ISA {
 
+inline constexpr int64_t kLine = 64;         // bytes
 inline constexpr int64_t kBlockSteps = 256;  // a B strip of one k block (32 KiB in AVX-512) stays in the L1 cache
 
 template <class T>
-inline void accumulate(T left, const T* right, typename VectorOf<T>::type& sum) {
-  sum += left * *reinterpret_cast<const typename VectorOf<T>::type*>(right);
+inline void accumulate(T left, typename VectorOf<T>::type right, typename VectorOf<T>::type& sum) {
+  sum += left * right;
 }
 #if defined(__AVX512BF16__)
-inline void accumulate(uint32_t left, const uint32_t* right, VectorOf<float>::type& sum) {
-  const __m512i pairs = _mm512_set1_epi32(static_cast<int>(left));
-  sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(right));
+inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<float>::type& sum) {
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
 }
 #endif
 
@@ -48,7 +48,9 @@ inline void multiply_tile(int64_t steps, const Element* a, const Element* b, Sum
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVectors; ++j) {
-        accumulate(a[step * kTileRows + i], b + step * kTileColumns<Sum> + j * lanes, sum[i][j]);
+        const Element* const right = b + step * kTileColumns<Sum> + j * lanes;
+        accumulate(a[step * kTileRows + i], *reinterpret_cast<const typename VectorOf<Element>::type*>(right),
+                   sum[i][j]);
       }
     }
   }
@@ -117,7 +119,6 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
   const tiles::Session session;
 #endif
   // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it.
-  constexpr int64_t kLine = 64;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     const int64_t part = steps - step < kBlockSteps ? steps - step : kBlockSteps;

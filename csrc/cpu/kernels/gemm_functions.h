@@ -1,7 +1,7 @@
 // A dispatch table's entries, made of the product core.
 #pragma once
 
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gemm_few.h"
 #include "cpu/kernels/gemm_table.h"
 
 namespace glam::cpu::GLAM_ISA {
@@ -23,6 +23,20 @@ struct GemmEntries {
     multiply_panels(rows, columns, Format::steps(depth), static_cast<const Element*>(a_panels),
                     static_cast<const Element*>(b_panels), c, c_stride);
   }
+#if GLAM_AMX
+  // Its chain has an order of its own.
+  static bool can_stream_in_order(const Operand&, const Operand&) { return false; }
+  static void multiply_few_rows(int64_t, const void*, const Operand&, int64_t, int64_t, int64_t, Sum*, int64_t) {}
+#else
+  static bool can_stream_in_order(const Operand& a, const Operand& b) { return can_stream<Format>(a, b); }
+  static void multiply_few_rows(int64_t rows, const void* a, const Operand& b, int64_t column, int64_t columns,
+                                int64_t depth, Sum* c, int64_t c_stride) {
+    multiply_few<Format>(rows, static_cast<const Element*>(a), b, column, columns, depth, c, c_stride);
+  }
+#endif
+  static void load_few_rows(const Operand& a, int64_t rows, int64_t depth, void* out) {
+    load_few<Format>(a, rows, depth, static_cast<Element*>(out));
+  }
   static constexpr GemmFunctions<Sum> functions() {
     return {.tile_rows = kTileRows,
             .tile_columns = kTileColumns<Sum>,
@@ -30,6 +44,10 @@ struct GemmEntries {
             .pack_a = &pack_a,
             .pack_b = &pack_b,
             .multiply = &multiply,
+            .few_rows = kFewRows,
+            .can_stream = &can_stream_in_order,
+            .load_few = &load_few_rows,
+            .multiply_few = &multiply_few_rows,
             .store = &store_block<Sum>};
   }
 };

@@ -17,6 +17,13 @@ struct GemmFunctions {
   void (*pack_b)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, T* c,
                    int64_t c_stride);
+  // For up to few_rows rows of A: with loaded rows (few_rows * panel_bytes), columns [column, column + columns) of a B that is
+  // read where it lies, if can_stream says that it can be.
+  int64_t few_rows;
+  bool (*can_stream)(const Operand& a, const Operand& b);
+  void (*load_few)(const Operand& a, int64_t rows, int64_t depth, void* loaded);
+  void (*multiply_few)(int64_t rows, const void* loaded, const Operand& b, int64_t column, int64_t columns,
+                       int64_t depth, T* c, int64_t c_stride);
   // values[rows][stride] -> the block of `output` whose first element is (row, column).
   void (*store)(const T* values, int64_t stride, int64_t rows, int64_t columns, const Output& output, int64_t row,
                 int64_t column);
