@@ -28,6 +28,15 @@ inline void accumulate(T left, typename VectorOf<T>::type right, typename Vector
 inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<float>::type& sum) {
   sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
 }
+#elif defined(GLAM_EMULATE_AVX512BF16)
+inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<float>::type& sum) {
+  for (int l = 0; l < VectorOf<float>::lanes; ++l) {
+    const uint32_t pair = right[l];
+    sum[l] = __builtin_fmaf(__builtin_bit_cast(float, left & 0xffff0000u),
+                            __builtin_bit_cast(float, pair & 0xffff0000u), sum[l]);
+    sum[l] = __builtin_fmaf(__builtin_bit_cast(float, left << 16), __builtin_bit_cast(float, pair << 16), sum[l]);
+  }
+}
 #endif
 
 // c[ROWS][NR] (+)= a[steps][kTileRows] (first ROWS of each) times b[steps][NR].

@@ -14,7 +14,9 @@ inline constexpr int kFewRows = 8;
 inline constexpr int64_t kStepsAtOnce = 4;  // more rows, often a power of two apart, would share a cache set
 // Vectors of sums of each row of A that are kept at once: chains to fill the time that an addition takes.
 template <int M>
-inline constexpr int kChains = M == 1 ? 4 : M <= 4 ? 2 : 1;
+inline constexpr int kChains = M == 1   ? 4
+                               : M <= 4 ? 2
+                                        : 1;
 
 // A vector at any address. Not memcpy, which GCC takes apart.
 template <class Vector>
@@ -130,29 +132,40 @@ inline void stream_columns(const typename Format::Element* a, int64_t depth, con
   }
 }
 
-// B's rows are columns of the product: squares of as many rows as a vector has elements are transposed in registers.
+// B's rows are columns of the product: squares of as many rows as a vector has elements are transposed in registers, of
+// bfloat16 in pairs.
 template <class Format, int M, class Value>
 inline void stream_rows(const typename Format::Element* a, int64_t depth, const Value* b, int64_t b_stride,
                         int64_t columns, typename Format::Sum* c, int64_t c_stride) {
   using Sum = typename Format::Sum;
+  using Element = typename Format::Element;
   using Vector = typename VectorOf<Sum>::type;
-  using Word = std::conditional_t<std::is_same_v<Format, Bf16Precision>, uint32_t, Sum>;  // bfloat16 in pairs
+  constexpr bool kIsBf16 = std::is_same_v<Format, Bf16Precision>;
+  using Word = std::conditional_t<kIsBf16, uint32_t, Sum>;
   using Words = typename VectorOf<Word>::type;
   constexpr int lanes = VectorOf<Sum>::lanes, kPerWord = sizeof(Word) / sizeof(Value);
-  static_assert(kPerWord == (std::is_same_v<Format, Bf16Precision> ? 2 : 1));
   constexpr int64_t kAhead = 512 / sizeof(Value);
   constexpr int64_t kSquare = lanes * kPerWord;  // columns of it
   for (int64_t j = 0; j < columns; j += lanes) {
     const Value* rows[lanes];
     for (int l = 0; l < lanes; ++l) rows[l] = b + (j + l < columns ? j + l : columns - 1) * b_stride;
     Vector sum[M] = {};
-    const auto add = [&](Words word, int64_t index) {
-      for (int i = 0; i < M; ++i) {
-        if constexpr (kPerWord == 2 && Format::kDepth == 1) {
-          accumulate(a[2 * index * M + i], (Vector)(word & 0xffff0000u), sum[i]);
-          accumulate(a[(2 * index + 1) * M + i], (Vector)(word << 16), sum[i]);
-        } else {
-          accumulate(a[index * M + i], word, sum[i]);
+    // `count` words of each row, transposed, the first of which is word `first`.
+    const auto add = [&](const Words* square, int64_t first, int64_t count) {
+      const auto step = [&](int64_t index, auto right) {
+        for (int i = 0; i < M; ++i) accumulate(a[index * M + i], (typename VectorOf<Element>::type)right, sum[i]);
+      };
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < count; ++l) {
+        if constexpr (!kIsBf16 || (kPerWord == 2 && Format::kDepth == 2)) {
+          step(first + l, square[l]);
+        } else if constexpr (kPerWord == 2) {
+          step(2 * (first + l), square[l] & 0xffff0000u);
+          step(2 * (first + l) + 1, square[l] << 16);
+        } else if constexpr (Format::kDepth == 1) {
+          step(first + l, Bf16Row::upper(square[l ^ 1]));
+        } else if (l % 2 == 0) {
+          step((first + l) / 2, Bf16Row::upper(square[l]) >> 16 | Bf16Row::upper(square[l + 1]));
         }
       }
     };
@@ -165,14 +178,14 @@ inline void stream_rows(const typename Format::Element* a, int64_t depth, const 
         __builtin_prefetch(rows[l] + k + kAhead);
       }
       exchange_halves<Words, lanes, 1>(square, std::make_index_sequence<lanes>());
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) add(square[l], k / kPerWord + l);
+      add(square, k / kPerWord, lanes);
     }
     if (k < depth) {
       Words square[lanes];
       for (int l = 0; l < lanes; ++l) square[l] = load_part<Words>(rows[l] + k, depth - k);
       exchange_halves<Words, lanes, 1>(square, std::make_index_sequence<lanes>());
-      for (int64_t l = 0; l * kPerWord < depth - k; ++l) add(square[l], k / kPerWord + l);
+      const int64_t words = (depth - k + kPerWord - 1) / kPerWord;
+      add(square, k / kPerWord, kIsBf16 && kPerWord == 1 ? (words + 1) / 2 * 2 : words);  // steps come in pairs
     }
     for (int i = 0; i < M; ++i) {
       std::memcpy(c + i * c_stride + j, &sum[i],
@@ -187,7 +200,7 @@ inline bool can_stream(const Operand& a, const Operand& b) {
   using Sum = typename Format::Sum;
   if (a.rows_are_k || !is_plain(b) || b.row_index) return false;
   if constexpr (std::is_same_v<Format, Bf16Precision>) {
-    return b.type == Type::bf16 || (b.type == Type::f32 && b.rows_are_k);
+    return b.type == Type::bf16 || b.type == Type::f32;
   } else {
     return b.type == (sizeof(Sum) == 8 ? Type::f64 : Type::f32);
   }
@@ -242,11 +255,11 @@ inline void multiply_few(int64_t rows, const typename Format::Element* a, const 
   };
   if constexpr (std::is_same_v<Format, Bf16Precision>) {
     if (b.type == Type::f32) {
-      over_columns(static_cast<const float*>(b.data));
-    } else if (b.rows_are_k) {
-      over_columns(static_cast<const uint16_t*>(b.data));
+      const auto* const data = static_cast<const float*>(b.data);
+      b.rows_are_k ? over_columns(data) : over_rows(data);
     } else {
-      over_rows(static_cast<const uint16_t*>(b.data));
+      const auto* const data = static_cast<const uint16_t*>(b.data);
+      b.rows_are_k ? over_columns(data) : over_rows(data);
     }
   } else if (b.rows_are_k) {
     over_columns(static_cast<const Sum*>(b.data));

@@ -19,7 +19,7 @@ namespace glam::cpu::GLAM_ISA {
 // tile registers of sums, two of A and two of B.
 #if GLAM_AMX
 inline constexpr int kTileRows = 2 * tiles::kRows;
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) || defined(GLAM_EMULATE_AVX512BF16)
 inline constexpr int kTileRows = 14;
 #elif defined(__AVX2__)
 inline constexpr int kTileRows = 6;
@@ -56,7 +56,7 @@ struct FullPrecision {
 // Operands are rounded to bfloat16 as they are packed.
 struct Bf16Precision {
   using Sum = float;
-#if GLAM_AMX || defined(__AVX512BF16__)
+#if GLAM_AMX || defined(__AVX512BF16__) || defined(GLAM_EMULATE_AVX512BF16)
   using Element = uint32_t;  // two of k: the even one in the lower half, as they lie in a row
   static constexpr int kDepth = 2;
 #else

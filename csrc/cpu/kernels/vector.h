@@ -14,7 +14,8 @@
 
 namespace glam::cpu::GLAM_ISA {
 
-#if defined(__AVX512F__)
+// GLAM_EMULATE_AVX512BF16: that set's product core in ordinary code, with which tests run it on any CPU.
+#if defined(__AVX512F__) || defined(GLAM_EMULATE_AVX512BF16)
 inline constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
