@@ -1,6 +1,5 @@
-// The bfloat16 product core with emulated instructions (AMX's tile registers or the dot product of AVX-512-BF16): products
-// of operands of every kind against double, and the promise that an element's bits depend on its row and column alone,
-// however many rows there are. Prints the largest relative error.
+// The product core of one format (GLAM_FORMAT): products of operands of every kind against double, and the promise that
+// an element's bits depend on its row and column alone, however many rows there are. Prints the largest relative error.
 
 #include <cmath>
 #include <cstdio>
@@ -16,36 +15,45 @@ using glam::cpu::Type;
 
 namespace {
 
-const auto functions = kernels::GemmEntries<kernels::Bf16Precision>::functions();
+template <class T>
+using FullPrecision = kernels::FullPrecision<T>;
+using kernels::Bf16Precision;
+using Format = GLAM_FORMAT;
+using Sum = Format::Sum;
+constexpr bool kIsBf16 = std::is_same_v<Format, Bf16Precision>;
+
+const auto functions = kernels::GemmEntries<Format>::functions();
 std::mt19937 generator(1);
 
 // A matrix [outer][depth] and the ways in which an operand can hold it.
 struct Matrix {
   int64_t outer, depth;
-  std::vector<double> exact;  // rounded to bfloat16
-  std::vector<float> floats;  // of the layout
+  std::vector<double> exact;  // rounded to bfloat16 if the format does that
+  std::vector<Sum> values;    // of the layout
   std::vector<uint16_t> halves;
   std::vector<int32_t> order;  // the row of the data for each row of the operand
   Operand operand;
 
-  Matrix(int64_t outer_, int64_t depth_, bool rows_are_k, bool is_float, bool gathered)
+  Matrix(int64_t outer_, int64_t depth_, bool rows_are_k, bool in_halves, bool gathered)
       : outer(outer_), depth(depth_), exact(outer * depth) {
     const int64_t rows = rows_are_k ? depth : outer, columns = rows_are_k ? outer : depth;
-    floats.resize(rows * columns);
+    values.resize(rows * columns);
     halves.resize(rows * columns);
-    std::normal_distribution<float> normal;
+    std::normal_distribution<Sum> normal;
     for (int64_t i = 0; i < rows * columns; ++i) {
-      halves[i] = kernels::float_to_bf16(floats[i] = normal(generator));
+      halves[i] = kernels::float_to_bf16(static_cast<float>(values[i] = normal(generator)));
     }
     for (int64_t i = 0; i < rows; ++i) order.push_back(static_cast<int32_t>(i * 7 % rows));
     for (int64_t i = 0; i < outer; ++i) {
       for (int64_t k = 0; k < depth; ++k) {
         const int64_t row = rows_are_k ? k : i, column = rows_are_k ? i : k;
-        exact[i * depth + k] = kernels::bf16_to_float(halves[(gathered ? order[row] : row) * columns + column]);
+        const int64_t index = (gathered ? order[row] : row) * columns + column;
+        exact[i * depth + k] = kIsBf16 ? kernels::bf16_to_float(halves[index]) : values[index];
       }
     }
-    operand.data = is_float ? static_cast<const void*>(floats.data()) : halves.data();
-    operand.type = is_float ? Type::f32 : Type::bf16;
+    const bool use_halves = kIsBf16 && in_halves;
+    operand.data = use_halves ? static_cast<const void*>(halves.data()) : values.data();
+    operand.type = use_halves ? Type::bf16 : sizeof(Sum) == 8 ? Type::f64 : Type::f32;
     operand.row_stride = columns;
     operand.rows_are_k = rows_are_k;
     if (gathered) {
@@ -58,38 +66,38 @@ struct Matrix {
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Rows [begin, end) of A times B.
-std::vector<float> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
+std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
   const int64_t rows = round_up(end - begin, functions.tile_rows), columns = round_up(b.outer, functions.tile_columns);
   std::vector<char> left(rows * functions.panel_bytes(a.depth)), right(columns * functions.panel_bytes(a.depth));
-  std::vector<float> c(rows * columns, NAN);
+  std::vector<Sum> c(rows * columns, NAN);
   functions.pack_a(a.operand, begin, end, a.depth, left.data());
   functions.pack_b(b.operand, 0, b.outer, a.depth, right.data());
   functions.multiply(end - begin, b.outer, a.depth, left.data(), right.data(), c.data(), columns);
-  std::vector<float> result;
+  std::vector<Sum> result;
   for (int64_t i = 0; i < end - begin; ++i) result.insert(result.end(), &c[i * columns], &c[i * columns] + b.outer);
   return result;
 }
 
 // The first rows, by the kernel that reads B where it lies.
-std::vector<float> few_rows(const Matrix& a, const Matrix& b, int64_t rows) {
+std::vector<Sum> few_rows(const Matrix& a, const Matrix& b, int64_t rows) {
   const int64_t columns = round_up(b.outer, functions.tile_columns);
   std::vector<char> left(functions.few_rows * functions.panel_bytes(a.depth));
-  std::vector<float> c(functions.few_rows * columns, NAN);
+  std::vector<Sum> c(functions.few_rows * columns, NAN);
   functions.load_few(a.operand, rows, a.depth, left.data());
   functions.multiply_few(rows, left.data(), b.operand, 0, b.outer, a.depth, c.data(), columns);
-  std::vector<float> result;
+  std::vector<Sum> result;
   for (int64_t i = 0; i < rows; ++i) result.insert(result.end(), &c[i * columns], &c[i * columns] + b.outer);
   return result;
 }
 
-void expect_same(const std::vector<float>& rows, const float* among_many, const char* what) {
-  if (std::memcmp(rows.data(), among_many, rows.size() * sizeof(float)) == 0) return;
+void expect_same(const std::vector<Sum>& rows, const Sum* among_many, const char* what) {
+  if (std::memcmp(rows.data(), among_many, rows.size() * sizeof(Sum)) == 0) return;
   std::printf("rows differ when they are %s\n", what);
   std::exit(1);
 }
 
 double check(const Matrix& a, const Matrix& b) {
-  const std::vector<float> c = product(a, b, 0, a.outer);
+  const std::vector<Sum> c = product(a, b, 0, a.outer);
   double worst = 0;
   for (int64_t i = 0; i < a.outer; ++i) {
     for (int64_t j = 0; j < b.outer; ++j) {
