@@ -125,7 +125,7 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
     return;
   }
 #if GLAM_AMX
-  const tiles::Session session;
+  tiles::configure();
 #endif
   // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it.
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -152,6 +152,9 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
       }
     }
   }
+#if GLAM_AMX
+  tiles::release();
+#endif
 }
 
 // values[rows][stride] -> the block of `output` whose first element is (row, column).

@@ -28,12 +28,8 @@ inline float half_of(uint32_t pair, int index) {
   return __builtin_bit_cast(float, bits);
 }
 
-struct Session {
-  Session() { configured = true; }
-  ~Session() { configured = false; }
-  Session(const Session&) = delete;
-  Session& operator=(const Session&) = delete;
-};
+inline void configure() { configured = true; }
+inline void release() { configured = false; }
 template <int kTile>
 inline void zero() {
   if (!configured) __builtin_trap();
@@ -75,25 +71,20 @@ inline void multiply() {
 
 #else
 
-// The calling thread's registers, all of full size, while this lives.
-class Session {
- public:
-  Session() {
-    struct alignas(64) Configuration {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {kRows, kRows, kRows, kRows, kRows, kRows, kRows, kRows};
-    };
-    static constexpr Configuration configuration;
-    static_assert(sizeof(Configuration) == 64);
-    asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
-  }
-  ~Session() { asm volatile("tilerelease" : : : "memory"); }
-  Session(const Session&) = delete;
-  Session& operator=(const Session&) = delete;
-};
+// The calling thread's registers, all of full size, until release().
+inline void configure() {
+  struct alignas(64) Configuration {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {kRows, kRows, kRows, kRows, kRows, kRows, kRows, kRows};
+  };
+  static constexpr Configuration configuration;
+  static_assert(sizeof(Configuration) == 64);
+  asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
+}
+inline void release() { asm volatile("tilerelease" : : : "memory"); }
 template <int kTile>
 inline void zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
