@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import glam_ext
 
-ROOT = Path(__file__).parents[2]
-# As cmake/GlamKernels.cmake compiles the kernels.
-COMMON = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
-}
+from .kernel_program import FLAGS, run_kernel_program
+
 BOUNDS = {"exp": 1.0, "tanh": 2.0, "log": 1.0}
 
 
 @pytest.mark.parametrize("isa", FLAGS)
 def test_errors_and_bits(isa: str, tmp_path: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     if isa not in glam_ext.build_info()["backends"]["cpu"]["isa_supported"]:
         pytest.skip(f"this CPU has no {isa}")
-    program = tmp_path / "math_kernels"
-    source = ROOT / "tests" / "cpp" / "math_kernels.cpp"
-    command = [
-        compiler,
-        *COMMON,
-        *FLAGS[isa],
-        f"-DGLAM_ISA={isa}",
-        f"-I{ROOT / 'csrc'}",
-        str(source),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True)
-    lines = subprocess.run([str(program), "1009"], check=True, capture_output=True, text=True).stdout.splitlines()
+    flags = ["-O3", *FLAGS[isa], f"-DGLAM_ISA={isa}"]
+    lines = run_kernel_program(tmp_path, "math_kernels", flags, ["1009"]).splitlines()
     assert [line.split()[0] for line in lines] == list(BOUNDS)
     for line in lines:
         name, error, mismatches = line.split()

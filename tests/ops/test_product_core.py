@@ -5,17 +5,14 @@ The last two are what other CPUs can verify of them.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import glam_ext
 
-ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++20", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+from .kernel_program import FLAGS, run_kernel_program
+
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
@@ -32,15 +29,6 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     ids=["double", "float", "bf16", "bf16-avx512bf16", "bf16-amx"],
 )
 def test_products(defines: list[str], bound: float, tmp_path: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     has_avx2 = "avx2" in glam_ext.build_info()["backends"]["cpu"]["isa_supported"]
-    vectors = ["-mavx2", "-mfma", "-mf16c"] if has_avx2 else []
-    program = tmp_path / "product_core"
-    source = ROOT / "tests" / "cpp" / "product_core.cpp"
-    command = [compiler, *FLAGS, *SANITIZERS, *vectors, "-DGLAM_ISA=tested", *(f"-D{name}" for name in defines)]
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert float(result.stdout) < bound
+    flags = ["-O1", "-Wno-psabi", *SANITIZERS, *FLAGS["avx2" if has_avx2 else "baseline"], "-DGLAM_ISA=tested"]
+    assert float(run_kernel_program(tmp_path, "product_core", [*flags, *(f"-D{name}" for name in defines)])) < bound

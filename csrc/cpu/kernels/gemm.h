@@ -128,10 +128,10 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
   tiles::configure();
 #endif
   // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     const int64_t part = steps - step < kBlockSteps ? steps - step : kBlockSteps;
-    const int64_t share = part * kTileColumns<Sum> * static_cast<int64_t>(sizeof(Element)) / tiles + 1;
+    const int64_t share = part * kTileColumns<Sum> * static_cast<int64_t>(sizeof(Element)) / row_tiles + 1;
     for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
       const Element* const b = b_panels + j * steps + step * kTileColumns<Sum>;
       const bool last = j + kTileColumns<Sum> >= columns;

@@ -1,0 +1,35 @@
+"""Programs of tests/cpp that include the kernels' sources and need neither torch nor the built package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# As cmake/GlamKernels.cmake compiles the kernels, but for the optimisation.
+COMMON = ["-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+def run_kernel_program(folder: Path, name: str, flags: Sequence[str], arguments: Sequence[str] = ()) -> str:
+    """What tests/cpp/NAME.cpp prints, compiled into the folder with these flags too."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, program = ROOT / "tests" / "cpp" / f"{name}.cpp", folder / name
+    subprocess.run([compiler, *COMMON, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
