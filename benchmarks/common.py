@@ -1,4 +1,4 @@
-"""What the benchmarks share: a header that says what ran where, and timings that alternate between the contenders."""
+"""What the benchmarks share: a header that says what ran where, alternating timings, peak memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -57,3 +58,28 @@ def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dic
             if turn == 0 or name not in slow:
                 times[name].append(timed(name))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+class PeakMemory:
+    """The process's largest resident size, sampled while it is open."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = _resident()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.is_set():
+            self.peak = max(self.peak, _resident())
+            time.sleep(0.0005)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096

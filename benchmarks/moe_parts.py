@@ -21,12 +21,10 @@ import functools
 import gc
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 
 import torch
-from common import medians, parser, print_header
+from common import PeakMemory, medians, parser, print_header
 from moe_layer import D, F, T, glam_layer, step
 from reference_rates import copy_rate
 from torch import Tensor
@@ -121,31 +119,6 @@ def copies(repeats: int) -> None:
     moved_ours, moved_copied = 3 * rows.nbytes + x.nbytes, 4 * rows.nbytes
     ratio = seconds["ours"] / (seconds["copied"] * moved_ours / moved_copied)
     print(f"copies   dispatch + combine of {rows.nbytes >> 20} MiB: {ratio:.2f} of copies of the same bytes")
-
-
-class PeakMemory:
-    """The process's largest resident size, sampled while it is open."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.peak = _resident()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stopped.is_set():
-            self.peak = max(self.peak, _resident())
-            time.sleep(0.0005)
-
-
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
 
 
 def memory(experts: int) -> None:

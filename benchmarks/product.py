@@ -1,8 +1,6 @@
 """The product core against torch: glam::linear beside x @ w, as GFLOP/s and as a ratio.
 
-    python benchmarks/product.py
-
-Where torch uses AMX in bfloat16 it is far ahead: the core here has AVX-512-BF16 and no AMX yet.
+python benchmarks/product.py
 """
 
 from __future__ import annotations

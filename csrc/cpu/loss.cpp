@@ -1,6 +1,10 @@
-// CPU kernels of glam::linear_cross_entropy: the vocabulary is walked in blocks of kVocabularyBlock columns. Forward, a
-// block of logits lives in the thread that multiplied it. Backward, the block's logit gradients [T, block] feed the two
-// products that give the gradients of hidden and embedding.
+// CPU kernels of glam::linear_cross_entropy: tokens in blocks whose logits fit kLogitBytes, the vocabulary in blocks of
+// columns.
+//
+// With gradients: a block's logits are multiplied once and kept; once its rows' statistics are known they become the
+// logits' gradients, which feed the two products that give the gradients of hidden and embedding: three products in all.
+// Without gradients a block of columns lives in the thread that multiplied it. A separate backward multiplies the logits
+// again, a block of columns at a time.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -19,26 +23,58 @@ namespace glam::cpu {
 namespace {
 
 constexpr auto kOp = "glam::linear_cross_entropy";
-constexpr int64_t kVocabularyBlock = 4096;
-constexpr int64_t kTokensPerTask = 64;
+constexpr int64_t kLogitBytes = 128 << 20;
+constexpr int64_t kLogitColumns = 1024;     // multiplied at a time: narrow, so that many rows share a packed panel
+constexpr int64_t kGradientColumns = 4096;  // at a time: deep, so that the sums are seldom loaded and stored
 
-// Calls f(first column, columns) for each block of the vocabulary.
+// Calls f(first, count) for parts of [0, size).
 template <class F>
-void for_each_block(int64_t vocabulary, F&& f) {
-  for (int64_t column = 0; column < vocabulary; column += kVocabularyBlock) {
-    f(column, std::min(kVocabularyBlock, vocabulary - column));
-  }
+void for_each_part(int64_t size, int64_t most, F&& f) {
+  for (int64_t first = 0; first < size; first += most) f(first, std::min(most, size - first));
 }
 
-// hidden [T, D] times a block of embedding rows; `finish` gets the finished rows of values.
-template <class T, class F>
-void multiply_block(const Tensor& hidden, const Tensor& embedding, int64_t column, int64_t columns, F&& finish) {
-  const Operand b = outer_rows(embedding.narrow(0, column, columns));
-  run_products<T>(
-      {{.a = outer_rows(hidden), .b = b, .c = {}, .m = hidden.size(0), .n = columns, .k = hidden.size(1)}},
-      precision_of(hidden.scalar_type()),
-      [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) { finish(row, rows, values, stride); });
-}
+// Logits of some tokens over the vocabulary rows held here. All tensors are contiguous.
+struct Logits {
+  Tensor hidden, embedding, targets;
+  double scale, logit_cap;
+  int64_t vocab_start;
+
+  Logits(const Tensor& hidden_, const Tensor& embedding_, const Tensor& targets_, double scale_, double logit_cap_,
+         int64_t vocab_start_)
+      : hidden(hidden_.contiguous()),
+        embedding(embedding_.contiguous()),
+        targets(targets_.contiguous()),
+        scale(scale_),
+        logit_cap(logit_cap_),
+        vocab_start(vocab_start_) {}
+  int64_t num_tokens() const { return hidden.size(0); }
+  int64_t columns() const { return embedding.size(0); }
+  Precision precision() const { return precision_of(hidden.scalar_type()); }
+  Logits tokens(int64_t first, int64_t count) const {
+    return {hidden.narrow(0, first, count), embedding, targets.narrow(0, first, count), scale, logit_cap, vocab_start};
+  }
+  // Products that are not yet logits: scale and cap are the kernels' part.
+  template <class T>
+  LogitBlock<T> block(T* values, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    return {values,
+            stride,
+            row,
+            rows,
+            vocab_start + column,
+            columns,
+            static_cast<T>(scale),
+            static_cast<T>(logit_cap),
+            targets.const_data_ptr<int64_t>()};
+  }
+  // `finish` gets the finished rows of such values.
+  template <class T, class F>
+  void multiply(int64_t column, int64_t columns, F&& finish) const {
+    const Operand b = outer_rows(embedding.narrow(0, column, columns));
+    run_products<T>(
+        {{.a = outer_rows(hidden), .b = b, .c = {}, .m = num_tokens(), .n = columns, .k = hidden.size(1)}}, precision(),
+        [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) { finish(row, rows, values, stride); });
+  }
+};
 
 void check_targets(const Tensor& targets, int64_t vocabulary) {
   const auto* values = targets.const_data_ptr<int64_t>();
@@ -48,30 +84,135 @@ void check_targets(const Tensor& targets, int64_t vocabulary) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> vocabulary_statistics(const Tensor& hidden_, const Tensor& embedding_,
-                                                         const Tensor& targets_, double scale, double logit_cap,
-                                                         int64_t vocab_start, int64_t vocabulary) {
-  const Tensor hidden = hidden_.contiguous(), embedding = embedding_.contiguous(), targets = targets_.contiguous();
-  check_targets(targets, vocabulary);
-  const auto options = hidden.options().dtype(accumulation_dtype(hidden.scalar_type()));
-  const int64_t num_tokens = hidden.size(0);
-  const Tensor maximum = at::full({num_tokens}, -std::numeric_limits<double>::infinity(), options);
-  const Tensor exp_sum = at::zeros({num_tokens}, options), logit_sum = at::zeros({num_tokens}, options);
-  const Tensor target_logit = at::zeros({num_tokens}, options);
-  dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    T *const max_T = maximum.mutable_data_ptr<T>(), *const exp_T = exp_sum.mutable_data_ptr<T>();
-    T *const sum_T = logit_sum.mutable_data_ptr<T>(), *const target_T = target_logit.mutable_data_ptr<T>();
-    for_each_block(embedding.size(0), [&](int64_t column, int64_t columns) {
-      multiply_block<T>(hidden, embedding, column, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
-        loss_functions<T>().accumulate({values, stride, row, rows, vocab_start + column, columns, static_cast<T>(scale),
-                                        static_cast<T>(logit_cap), targets.const_data_ptr<int64_t>()},
-                                       max_T, exp_T, sum_T, target_T);
-      });
+// Of each token, over the vocabulary rows held here; [T] in the accumulation dtype.
+struct Statistics {
+  Tensor lse, target_logit, logit_sum;
+
+  static Statistics empty(const Tensor& hidden) {
+    const auto options = hidden.options().dtype(accumulation_dtype(hidden.scalar_type()));
+    const auto zeros = [&] { return at::zeros({hidden.size(0)}, options); };
+    return {at::full({hidden.size(0)}, -std::numeric_limits<double>::infinity(), options), zeros(), zeros()};
+  }
+  Statistics tokens(int64_t first, int64_t count) const {
+    const auto part = [&](const Tensor& x) { return x.narrow(0, first, count); };
+    return {part(lse), part(target_logit), part(logit_sum)};
+  }
+};
+
+// Fills empty statistics and, if it is not null, keep[tokens][columns] with the products.
+template <class T>
+void reduce(const Logits& logits, const Statistics& statistics, T* keep) {
+  T *const lse = statistics.lse.mutable_data_ptr<T>(), *const target = statistics.target_logit.mutable_data_ptr<T>();
+  T* const sum = statistics.logit_sum.mutable_data_ptr<T>();
+  std::vector<T> exp_sum(static_cast<size_t>(logits.num_tokens()));
+  const auto store = gemm_functions<T>(logits.precision()).store;
+  const Output kept{.data = keep,
+                    .type = sizeof(T) == sizeof(double) ? Type::f64 : Type::f32,
+                    .row_stride = logits.columns(),
+                    .stream = true};
+  for_each_part(logits.columns(), kLogitColumns, [&](int64_t column, int64_t columns) {
+    logits.multiply<T>(column, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
+      if (keep) store(values, stride, rows, columns, kept, row, column);
+      loss_functions<T>().accumulate(logits.block(values, stride, row, rows, column, columns), lse, exp_sum.data(), sum,
+                                     target);
     });
-    for (int64_t t = 0; t < num_tokens; ++t) max_T[t] += std::log(exp_T[t]);  // now the log of the sum of exp
   });
-  return {maximum, target_logit, logit_sum};
+  for (int64_t t = 0; t < logits.num_tokens(); ++t) lse[t] += std::log(exp_sum[t]);  // it was the maximum
+}
+
+// d loss_sum / d logit = softmax * p - uniform, less `target` where the target is; times d logit / d product.
+struct LossOptions {
+  double z_loss, label_smoothing;
+  int64_t vocabulary;
+};
+template <class T>
+struct RowFactors {
+  std::vector<T> softmax, target, uniform;
+  std::vector<int32_t> row_of_token;  // padding has none: zeros, whatever hidden holds there
+
+  // weights may be null.
+  RowFactors(int64_t num_tokens, const T* lse, const T* weights, T grad, const LossOptions& options)
+      : softmax(num_tokens), target(num_tokens), uniform(num_tokens), row_of_token(num_tokens, -1) {
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const T weight = grad * (weights ? weights[t] : T(1));
+      if (weight == T(0)) continue;
+      row_of_token[t] = static_cast<int32_t>(t);
+      softmax[t] = weight * static_cast<T>(1 + 2 * options.z_loss * lse[t]);
+      target[t] = weight * static_cast<T>(1 - options.label_smoothing);
+      uniform[t] = weight * static_cast<T>(options.label_smoothing / options.vocabulary);
+    }
+  }
+};
+
+// Gradients to add to: hidden [tokens, D] in the accumulation dtype, embedding [V, D]; undefined if not wanted.
+struct Gradients {
+  Tensor hidden, embedding;
+  bool embedding_is_empty = true;  // overwritten then
+};
+
+// kept: the products of all columns, which are overwritten; null: they are multiplied again.
+template <class T>
+void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& factors, T* kept,
+                   const Gradients& gradients) {
+  const int64_t num_tokens = logits.num_tokens(), D = logits.hidden.size(1);
+  const Precision precision = logits.precision();
+  const Tensor buffer =
+      empty_large({num_tokens, std::min(kGradientColumns, logits.columns())}, logits.hidden.options());
+  const Output buffer_out = output_to(buffer);
+  // Products [rows, columns] of the columns from `column` become gradients, in the buffer from `offset` on.
+  const auto differentiate = [&](int64_t row, int64_t rows, T* values, int64_t stride, int64_t column, int64_t columns,
+                                 int64_t offset) {
+    loss_functions<T>().differentiate(logits.block(values, stride, row, rows, column, columns), lse,
+                                      factors.softmax.data(), factors.target.data(), factors.uniform.data());
+    gemm_functions<T>(precision).store(values, stride, rows, columns, buffer_out, row, offset);
+  };
+  for_each_part(logits.columns(), kGradientColumns, [&](int64_t first, int64_t count) {
+    if (kept) {
+      at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
+        differentiate(begin, end - begin, kept + begin * logits.columns() + first, logits.columns(), first, count, 0);
+      });
+    } else {
+      for_each_part(count, kLogitColumns, [&](int64_t offset, int64_t columns) {
+        logits.multiply<T>(first + offset, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
+          differentiate(row, rows, values, stride, first + offset, columns, offset);
+        });
+      });
+    }
+    const Tensor grad_logits = buffer.narrow(1, 0, count);
+    std::vector<Product> products;
+    if (gradients.hidden.defined()) {
+      products.push_back({.a = outer_rows(grad_logits),
+                          .b = outer_columns(logits.embedding.narrow(0, first, count)),
+                          .c = output_to(gradients.hidden, true),
+                          .m = num_tokens,
+                          .n = D,
+                          .k = count});
+    }
+    if (gradients.embedding.defined()) {
+      const Tensor rows = gradients.embedding.narrow(0, first, count);
+      Operand hidden = outer_rows(logits.hidden);
+      hidden.rows_are_k = true;
+      hidden.row_index = factors.row_of_token.data();
+      products.push_back(
+          {.a = outer_rows(grad_logits.t()),
+           .b = hidden,
+           .c = gradients.embedding_is_empty ? output_to_part(rows, gradients.embedding) : output_to(rows, true),
+           .m = count,
+           .n = D,
+           .k = num_tokens});
+    }
+    run_products<T>(products, precision);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> vocabulary_statistics(const Tensor& hidden, const Tensor& embedding,
+                                                         const Tensor& targets, double scale, double logit_cap,
+                                                         int64_t vocab_start, int64_t vocabulary) {
+  const Logits logits(hidden, embedding, targets, scale, logit_cap, vocab_start);
+  check_targets(logits.targets, vocabulary);
+  const Statistics statistics = Statistics::empty(hidden);
+  dispatch_accumulation(hidden.scalar_type(), [&](auto zero) { reduce<decltype(zero)>(logits, statistics, nullptr); });
+  return {statistics.lse, statistics.target_logit, statistics.logit_sum};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_sum(const Tensor& lse, const Tensor& target_logit, const Tensor& logit_sum,
@@ -103,67 +244,74 @@ void check_no_gradient(const char* name, const OptionalTensor& grad) {
               " (detach it before it enters a loss)");
 }
 
-std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss, const OptionalTensor& grad_nll,
-                                                         const OptionalTensor& grad_lse, const Tensor& hidden_,
-                                                         const Tensor& embedding_, const Tensor& targets_,
-                                                         const OptionalTensor& weights, const Tensor& lse, double scale,
-                                                         double z_loss, double label_smoothing, double logit_cap,
-                                                         int64_t vocab_start, int64_t vocabulary) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& hidden, const Tensor& embedding,
+                                                                  const Tensor& targets, const OptionalTensor& weights_,
+                                                                  double scale, double z_loss, double label_smoothing,
+                                                                  double logit_cap, bool needs_hidden,
+                                                                  bool needs_embedding) {
+  const Logits logits(hidden, embedding, targets, scale, logit_cap, 0);
+  const int64_t num_tokens = hidden.size(0), vocabulary = embedding.size(0);
+  check_targets(logits.targets, vocabulary);
+  const OptionalTensor weights = weights_ ? OptionalTensor(weights_->contiguous()) : std::nullopt;
+  const Statistics statistics = Statistics::empty(hidden);
+  const auto options = statistics.lse.options();
+  const Tensor grad_hidden = at::zeros(needs_hidden ? hidden.sizes() : at::IntArrayRef({0}), options);
+  const Tensor grad_embedding = dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t most = std::max<int64_t>(1, kLogitBytes / (static_cast<int64_t>(sizeof(T)) * vocabulary));
+    const int64_t blocks = (num_tokens + most - 1) / most;
+    const int64_t tokens_per_block = blocks == 0 ? 1 : (num_tokens + blocks - 1) / blocks;
+    // More than one block is added up in the accumulation dtype.
+    const Tensor sum = !needs_embedding ? at::empty({0}, embedding.options())
+                                        : empty_large(embedding.sizes(), blocks > 1 ? options : embedding.options());
+    if (num_tokens == 0) sum.zero_();
+    const Tensor kept = empty_large({std::min(tokens_per_block, num_tokens), vocabulary}, options);
+    for_each_part(num_tokens, tokens_per_block, [&](int64_t first, int64_t count) {
+      const Logits block = logits.tokens(first, count);
+      const Statistics of_block = statistics.tokens(first, count);
+      reduce<T>(block, of_block, kept.mutable_data_ptr<T>());
+      const T* const lse = of_block.lse.const_data_ptr<T>();
+      const RowFactors<T> factors(count, lse, weights ? weights->const_data_ptr<T>() + first : nullptr, T(1),
+                                  {z_loss, label_smoothing, vocabulary});
+      add_gradients<T>(block, lse, factors, kept.mutable_data_ptr<T>(),
+                       {.hidden = needs_hidden ? grad_hidden.narrow(0, first, count) : Tensor(),
+                        .embedding = needs_embedding ? sum : Tensor(),
+                        .embedding_is_empty = first == 0});
+    });
+    return sum.to(embedding.scalar_type());
+  });
+  const auto [loss_sum, nll] = cross_entropy_sum(statistics.lse, statistics.target_logit, statistics.logit_sum, weights,
+                                                 z_loss, label_smoothing, vocabulary);
+  return {loss_sum, nll, statistics.lse, grad_hidden, grad_embedding};
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad_nll,
+                                    const OptionalTensor& grad_lse, const Tensor& hidden, const Tensor& embedding,
+                                    const Tensor& targets, const OptionalTensor& weights_, const Tensor& lse,
+                                    double scale, double z_loss, double label_smoothing, double logit_cap,
+                                    int64_t vocab_start, int64_t vocabulary) {
   check_no_gradient("nll", grad_nll);
   check_no_gradient("lse", grad_lse);
-  const Tensor hidden = hidden_.contiguous(), embedding = embedding_.contiguous(), targets = targets_.contiguous();
-  const Tensor weights_T = weights ? weights->contiguous() : Tensor();
-  const int64_t num_tokens = hidden.size(0), D = hidden.size(1);
-  const Tensor grad_hidden = at::zeros({num_tokens, D}, lse.options()),
-               grad_embedding = empty_large(embedding.sizes(), embedding.options());
-  const Precision precision = precision_of(hidden.scalar_type());
+  const Logits logits(hidden, embedding, targets, scale, logit_cap, vocab_start);
+  const Tensor weights = weights_ ? weights_->contiguous() : Tensor();
+  const Tensor grad_hidden = at::zeros(hidden.sizes(), lse.options());
+  const Tensor grad_embedding = empty_large(embedding.sizes(), embedding.options());
   dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T grad = *grad_loss.const_data_ptr<T>();
-    const T* const lse_T = lse.const_data_ptr<T>();
-    std::vector<T> softmax_T(num_tokens), target_T(num_tokens), uniform_T(num_tokens);
-    std::vector<int32_t> row_of_token(num_tokens, -1);  // padding has none: zeros, whatever hidden holds there
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      const T weight = grad * (weights ? weights_T.const_data_ptr<T>()[t] : T(1));
-      if (weight == T(0)) continue;
-      row_of_token[t] = static_cast<int32_t>(t);
-      softmax_T[t] = weight * static_cast<T>(1 + 2 * z_loss * lse_T[t]);
-      target_T[t] = weight * static_cast<T>(1 - label_smoothing);
-      uniform_T[t] = weight * static_cast<T>(label_smoothing / vocabulary);
-    }
-    const Tensor grad_logits =
-        empty_large({num_tokens, std::min(kVocabularyBlock, embedding.size(0))}, hidden.options());
-    for_each_block(embedding.size(0), [&](int64_t column, int64_t columns) {
-      const Tensor block = grad_logits.narrow(1, 0, columns);
-      const Output block_out = output_to(block);
-      multiply_block<T>(hidden, embedding, column, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
-        loss_functions<T>().differentiate(
-            {values, stride, row, rows, vocab_start + column, columns, static_cast<T>(scale), static_cast<T>(logit_cap),
-             targets.const_data_ptr<int64_t>()},
-            lse_T, softmax_T.data(), target_T.data(), uniform_T.data());
-        gemm_functions<T>(precision).store(values, stride, rows, columns, block_out, row, 0);
-      });
-      const Tensor rows = embedding.narrow(0, column, columns);
-      run_products<T>({{.a = outer_rows(block),
-                        .b = outer_columns(rows),
-                        .c = output_to(grad_hidden, true),
-                        .m = num_tokens,
-                        .n = D,
-                        .k = columns}},
-                      precision);
-      Operand hidden_k = outer_rows(hidden);
-      hidden_k.rows_are_k = true;
-      hidden_k.row_index = row_of_token.data();
-      run_products<T>({{.a = outer_rows(block.t()),
-                        .b = hidden_k,
-                        .c = output_to_part(grad_embedding.narrow(0, column, columns), grad_embedding),
-                        .m = columns,
-                        .n = D,
-                        .k = num_tokens}},
-                      precision);
-    });
+    const RowFactors<T> factors(hidden.size(0), lse.const_data_ptr<T>(),
+                                weights_ ? weights.const_data_ptr<T>() : nullptr, *grad_loss.const_data_ptr<T>(),
+                                {z_loss, label_smoothing, vocabulary});
+    add_gradients<T>(logits, lse.const_data_ptr<T>(), factors, nullptr, {grad_hidden, grad_embedding});
   });
   return {grad_hidden.to(hidden.scalar_type()), grad_embedding};
+}
+
+std::tuple<Tensor, Tensor> scale_gradients(const Tensor& grad_loss, const OptionalTensor& grad_nll,
+                                           const OptionalTensor& grad_lse, const Tensor& grad_hidden,
+                                           const Tensor& grad_embedding, at::ScalarType dtype) {
+  check_no_gradient("nll", grad_nll);
+  check_no_gradient("lse", grad_lse);
+  return {grad_hidden.mul(grad_loss).to(dtype), grad_embedding.mul(grad_loss)};
 }
 
 }  // namespace
@@ -171,7 +319,9 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_loss
 TORCH_LIBRARY_IMPL(glam, CPU, m) {
   m.impl("_vocabulary_statistics", vocabulary_statistics);
   m.impl("_cross_entropy_sum", cross_entropy_sum);
-  m.impl("_linear_cross_entropy_backward", linear_cross_entropy_backward);
+  m.impl("_linear_cross_entropy_with_gradients", with_gradients);
+  m.impl("_linear_cross_entropy_backward", backward);
+  m.impl("_scale_loss_gradients", scale_gradients);
 }
 
 }  // namespace glam::cpu

@@ -25,6 +25,11 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
+// As autograd saves an absent tensor, and as an op takes it.
+inline OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 // The typed handle of a registered op; `Signature` is its C++ signature. Keep the result in a function-local static.
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {

@@ -198,8 +198,6 @@ BackwardResult backward(const Tensor& grad, at::TensorList saved, const Tensor& 
                        experts::WeightGradients::empty(wi, wo, wg));
 }
 
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
 struct ExchangeMlpFunction : torch::autograd::Function<ExchangeMlpFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& offsets, const Splits& out_splits,
                         const Splits& in_splits, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,

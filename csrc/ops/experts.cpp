@@ -72,7 +72,6 @@ const auto& moe_backward_into_op() {
 
 constexpr auto kMutating = {"_expert_mlp_backward_weights", "_moe_mlp_backward_into"};
 
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 Tensor if_needed(bool needed, const Tensor& gradient) { return needed ? gradient : Tensor(); }
 

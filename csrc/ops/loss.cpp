@@ -8,6 +8,10 @@
 // hidden's dtype; targets int64 [T]; weights [T]; results float32 (float64 for float64). A vocabulary split over the
 // ranks of `group` passes its first row as vocab_start: the statistics, then the gradient of hidden, are summed over the
 // group. Only loss_sum is differentiable.
+//
+// Where a gradient will be wanted, the forward pass computes it for a gradient of 1 at loss_sum, while it has the logits of
+// a block of tokens (three products in all), and the backward pass scales it. A vocabulary split over ranks, or too large
+// for the logits of a useful number of tokens, is multiplied once more in the backward pass instead.
 // Sources: softmax z-loss of lingvo's gshard_builder.py and praxis' embedding_softmax.py; label smoothing spreads s
 // evenly over the vocabulary as in arXiv 1512.00567.
 
@@ -30,6 +34,12 @@ using LossSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const 
 using StatisticsSignature = Triple(const Tensor&, const Tensor&, const Tensor&, double, double, SymInt, SymInt);
 using SumSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                                 double, double, SymInt);
+using WithGradientsSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                                  const Tensor&, const OptionalTensor&,
+                                                                                  double, double, double, double, bool,
+                                                                                  bool);
+using ScaleSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                  const Tensor&, const Tensor&, at::ScalarType);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                                      const Tensor&, double, double, double, double, SymInt, SymInt);
@@ -46,6 +56,17 @@ const auto& backward_op() {
   static const auto op = find_op<BackwardSignature>("glam::_linear_cross_entropy_backward");
   return op;
 }
+const auto& with_gradients_op() {
+  static const auto op = find_op<WithGradientsSignature>("glam::_linear_cross_entropy_with_gradients");
+  return op;
+}
+const auto& scale_op() {
+  static const auto op = find_op<ScaleSignature>("glam::_scale_loss_gradients");
+  return op;
+}
+
+// Above it, 128 MiB of float32 logits would hold fewer than 256 tokens, and each block of tokens reads the whole embedding.
+constexpr int64_t kMostOnePassVocabulary = 128 << 10;
 
 struct Options {
   double scale, z_loss, label_smoothing, logit_cap;
@@ -93,7 +114,41 @@ Forward compute(const Tensor& hidden, const Tensor& embedding, const Tensor& tar
   return {loss_sum, nll, lse};
 }
 
-struct LossFunction : torch::autograd::Function<LossFunction> {
+// The gradients for a gradient of 1 at loss_sum are saved.
+struct OnePassLoss : torch::autograd::Function<OnePassLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& embedding,
+                               const Tensor& targets, const OptionalTensor& weights, const Options& options,
+                               bool needs_hidden, bool needs_embedding) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [loss_sum, nll, lse, grad_hidden, grad_embedding] =
+        with_gradients_op().call(hidden, embedding, targets, weights, options.scale, options.z_loss,
+                                 options.label_smoothing, options.logit_cap, needs_hidden, needs_embedding);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({grad_hidden, grad_embedding});
+    ctx->saved_data["dtype"] = static_cast<int64_t>(hidden.scalar_type());
+    return {loss_sum, nll, lse};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& saved_embedding = saved[1];
+    const Tensor grad_loss = grads[0].defined() ? grads[0] : saved_embedding.new_zeros({}, saved[0].options());
+    // Where it is not used again, the larger one becomes the result.
+    const bool in_place = !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled();
+    auto [grad_hidden, grad_embedding] = scale_op().call(grad_loss, optional(grads[1]), optional(grads[2]), saved[0],
+                                                         in_place ? saved_embedding.new_empty({0}) : saved_embedding,
+                                                         static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt()));
+    if (in_place) grad_embedding = saved_embedding.mul_(grad_loss);
+    return {ctx->needs_input_grad(0) ? grad_hidden : Tensor(),
+            ctx->needs_input_grad(1) ? grad_embedding : Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+struct TwoPassLoss : torch::autograd::Function<TwoPassLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& embedding,
                                const Tensor& targets, const OptionalTensor& weights, const Options& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -111,7 +166,6 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     const std::string group = data["group"].toStringRef();
     const Tensor grad_loss = grads[0].defined() ? grads[0] : saved[4].new_zeros({});
     auto [grad_hidden, grad_embedding] =
@@ -130,7 +184,12 @@ Triple loss_autograd(const Tensor& hidden, const Tensor& embedding, const Tensor
                      double logit_cap, SymInt vocab_start, c10::string_view group) {
   const Options options{scale, z_loss, label_smoothing, logit_cap, std::move(vocab_start), std::string(group)};
   check(hidden, embedding, targets, weights, options);
-  const auto outputs = LossFunction::apply(hidden, embedding, targets, weights, options);
+  const bool one_pass = options.group.empty() && options.vocab_start == 0 &&
+                        embedding.sym_size(0) <= kMostOnePassVocabulary && at::GradMode::is_enabled() &&
+                        (hidden.requires_grad() || embedding.requires_grad());
+  const auto outputs = one_pass ? OnePassLoss::apply(hidden, embedding, targets, weights, options,
+                                                     hidden.requires_grad(), embedding.requires_grad())
+                                : TwoPassLoss::apply(hidden, embedding, targets, weights, options);
   return {outputs[0], outputs[1], outputs[2]};
 }
 Triple loss_below_autograd(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
@@ -160,6 +219,23 @@ std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const OptionalTensor&, c
           at::empty_symint(embedding.sym_sizes(), embedding.options())};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients_meta(const Tensor& hidden, const Tensor& embedding,
+                                                                       const Tensor&, const OptionalTensor&, double,
+                                                                       double, double, double, bool needs_hidden,
+                                                                       bool needs_embedding) {
+  const auto like = [](const Tensor& x, bool needed, at::TensorOptions options) {
+    return needed ? at::empty_symint(x.sym_sizes(), options) : at::empty({0}, options);
+  };
+  const Tensor lse = per_token(hidden);
+  return {at::empty({}, lse.options()), per_token(hidden), lse, like(hidden, needs_hidden, lse.options()),
+          like(embedding, needs_embedding, embedding.options())};
+}
+std::tuple<Tensor, Tensor> scale_meta(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& hidden,
+                                      const Tensor& embedding, at::ScalarType dtype) {
+  return {at::empty_symint(hidden.sym_sizes(), hidden.options().dtype(dtype)),
+          at::empty_symint(embedding.sym_sizes(), embedding.options())};
+}
+
 }  // namespace
 
 Triple linear_cross_entropy(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
@@ -186,6 +262,16 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
       "_cross_entropy_sum(Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor? weights, float z_loss, "
       "float label_smoothing, SymInt vocabulary) -> (Tensor loss_sum, Tensor nll)",
       tags);
+  // The gradients are those of loss_sum, hidden's in the accumulation dtype; empty where they are not needed.
+  m.def(
+      "_linear_cross_entropy_with_gradients(Tensor hidden, Tensor embedding, Tensor targets, Tensor? weights, "
+      "float scale, float z_loss, float label_smoothing, float logit_cap, bool needs_hidden, bool needs_embedding) -> "
+      "(Tensor loss_sum, Tensor nll, Tensor lse, Tensor grad_hidden, Tensor grad_embedding)",
+      tags);
+  m.def(
+      "_scale_loss_gradients(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor grad_hidden, "
+      "Tensor grad_embedding, ScalarType dtype) -> (Tensor hidden, Tensor embedding)",
+      tags);
   m.def(
       "_linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor hidden, "
       "Tensor embedding, Tensor targets, Tensor? weights, Tensor lse, float scale, float z_loss, "
@@ -195,7 +281,8 @@ TORCH_LIBRARY_FRAGMENT(glam, m) {
 }
 TORCH_LIBRARY_IMPL(glam, Autograd, m) {
   m.impl("linear_cross_entropy", loss_autograd);
-  for (const char* name : {"_vocabulary_statistics", "_cross_entropy_sum", "_linear_cross_entropy_backward"}) {
+  for (const char* name : {"_vocabulary_statistics", "_cross_entropy_sum", "_linear_cross_entropy_with_gradients",
+                           "_scale_loss_gradients", "_linear_cross_entropy_backward"}) {
     m.impl(name, refuse_double_backward());
   }
 }
@@ -203,6 +290,8 @@ TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) { m.impl("linear_cross_en
 TORCH_LIBRARY_IMPL(glam, Meta, m) {
   m.impl("_vocabulary_statistics", statistics_meta);
   m.impl("_cross_entropy_sum", sum_meta);
+  m.impl("_linear_cross_entropy_with_gradients", with_gradients_meta);
+  m.impl("_scale_loss_gradients", scale_meta);
   m.impl("_linear_cross_entropy_backward", backward_meta);
 }
 TORCH_LIBRARY_IMPL(glam, AutocastCPU, m) { m.impl("linear_cross_entropy", autocast_leading_arguments<1>()); }

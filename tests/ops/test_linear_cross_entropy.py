@@ -78,6 +78,63 @@ def test_nothing_of_padding_enters_a_gradient() -> None:
     assert torch.equal(gradients[0][1], gradients[1][1])
 
 
+def plain(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    nll = torch.nn.functional.cross_entropy(hidden @ table.t(), targets, reduction="none")
+    return (weights * nll).sum()
+
+
+# 131,072 columns are the most for which logits are kept; 256 tokens of them are a block.
+@pytest.mark.parametrize(("num_tokens", "vocabulary"), [(300, 131_072), (5, 131_073)], ids=["blocks", "two passes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_vocabularies(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(num_tokens, 8, generator=generator).to(dtype).requires_grad_()
+    table = torch.randn(vocabulary, 8, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    weights = torch.rand(num_tokens, generator=generator)
+    loss = torch.ops.glam.linear_cross_entropy(hidden, table, targets, weights)[0]
+    grads = torch.autograd.grad(loss, [hidden, table], torch.tensor(0.5))
+    wide = [hidden.detach().double().requires_grad_(), table.detach().double().requires_grad_()]
+    expected = torch.autograd.grad(plain(*wide, targets, weights.double()), wide, torch.tensor(0.5).double())
+    for name, got, want in zip(("hidden", "embedding"), grads, expected, strict=True):
+        levels.assert_close(got, want, levels.GRADIENT_TOLERANCE[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", levels.DTYPES, ids=str)
+def test_the_same_with_and_without_gradients(dtype: torch.dtype) -> None:
+    """Bits of the outputs do not depend on who wants a gradient, nor one gradient on the other."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(33, 17, generator=generator).to(dtype)
+    table = torch.randn(1500, 17, generator=generator).to(dtype)
+    targets = torch.randint(1500, (33,), generator=generator)
+    results, gradients = [], []
+    for needed in ((False, False), (True, False), (False, True), (True, True)):
+        inputs = [x.clone().requires_grad_(need) for x, need in zip((hidden, table), needed, strict=True)]
+        outputs = torch.ops.glam.linear_cross_entropy(*inputs, targets, None)
+        results.append([out.detach() for out in outputs])
+        if any(needed):
+            (outputs[0] * 0.3).backward()
+        gradients.append([x.grad for x in inputs])
+    for outputs in results[1:]:
+        levels.assert_same_bits(outputs, results[0], "outputs")
+    (none, _), (hidden_alone, no_table), (no_hidden, table_alone), both = gradients
+    assert none is None
+    assert no_table is None
+    assert no_hidden is None
+    levels.assert_same_bits([hidden_alone, table_alone], both, "gradients")
+
+
+def test_a_retained_graph_gives_the_same_gradients_again() -> None:
+    sample = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float32, "T=7 D=4 V=9 (0.5, 0.01, 0.0, 0.0)")
+    args = levels.require_grad(sample)
+    loss = samples.LINEAR_CROSS_ENTROPY(*args)[0]
+    first = torch.autograd.grad(3 * loss, args[:2], retain_graph=True)
+    second = torch.autograd.grad(3 * loss, args[:2], retain_graph=True)
+    last = torch.autograd.grad(3 * loss, args[:2])
+    levels.assert_same_bits(second, first, "second")
+    levels.assert_same_bits(last, first, "last")
+
+
 BASE = samples.LINEAR_CROSS_ENTROPY.find("small", torch.float32, "T=7 D=4 V=9 (0.5, 0.01, 0.0, 0.0)")
 
 
