@@ -1,11 +1,12 @@
 """Decoding one token after the other, and prefill, with weights far larger than the caches.
 
-    python benchmarks/decode.py [--dtypes bfloat16 float32]
+    python benchmarks/decode.py [--weights bfloat16 int8 plain]
 
-A GLaM of 4 layers, D = 2048, F = 5632, E = 8, 16 heads of 128, V = 32,000, random weights in the dtype, batch 1.
+A GLaM of 4 layers, D = 2048, F = 5632, E = 8, 16 heads of 128, V = 32,000, random weights, batch 1, bfloat16 compute.
+Weights as `prepare_for_inference` packs them, or (plain) unpacked in bfloat16.
 
 decode   bytes of the parameters that a token uses (glam_ext.count_parameters) per second of a step, over the rate at
-         which this machine reads: a threaded sum over 256 MB that are in no cache
+         which this machine reads: the best of a threaded sum over 256 MB that are in no cache, in 4 KiB and 2 MiB pages
 prefill  2 FLOPs for each parameter that a token uses and each token of the prompt, logits of the last one only, over
          the dense rate (benchmarks/reference_rates.py)
 """
@@ -21,7 +22,14 @@ from reference_rates import dense_rate
 import glam_ext
 
 CONFIG = glam_ext.GLaMConfig(
-    vocab_size=32000, model_dim=2048, hidden_dim=5632, num_layers=4, num_heads=16, head_dim=128, num_experts=8
+    vocab_size=32000,
+    model_dim=2048,
+    hidden_dim=5632,
+    num_layers=4,
+    num_heads=16,
+    head_dim=128,
+    num_experts=8,
+    compute_dtype="bfloat16",
 )
 PROMPT = 16
 
@@ -29,7 +37,9 @@ PROMPT = 16
 def read_rate(repeats: int) -> float:
     """Bytes per second."""
     source = torch.ones(64 << 20)
-    return source.nbytes / medians({"read": source.sum}, repeats)["read"]
+    huge = torch.ops.glam.linear(torch.ones(64 << 10, 1), torch.ones(1, 1024))  # from the pool of large blocks
+    seconds = medians({"small pages": source.sum, "huge pages": huge.sum}, repeats)
+    return source.nbytes / min(seconds.values())
 
 
 def run(model: glam_ext.GLaM, tokens: torch.Tensor, cache: object, position: int) -> None:
@@ -39,15 +49,15 @@ def run(model: glam_ext.GLaM, tokens: torch.Tensor, cache: object, position: int
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    arguments.add_argument("--weights", nargs="+", default=["bfloat16", "int8", "plain"])
     chosen = arguments.parse_args()
     print_header()
     count = glam_ext.count_parameters(CONFIG)
     print(f"{count.total / 1e6:.0f} M parameters, {count.active / 1e6:.0f} M of them for each token")
-    for name in chosen.dtypes:
-        dtype = getattr(torch, name)
-        model = glam_ext.GLaM(CONFIG).eval().to(dtype)
-        active_bytes = count.active * torch.empty((), dtype=dtype).element_size()
+    for name in chosen.weights:
+        model = glam_ext.GLaM(CONFIG).eval()
+        model = model.to(torch.bfloat16) if name == "plain" else model.prepare_for_inference(name)
+        active_bytes = count.active * (1 if name == "int8" else 2)
         for threads in chosen.threads:
             torch.set_num_threads(threads)
             with torch.no_grad():
@@ -60,7 +70,7 @@ def main() -> None:
                     f"{name}, {threads} threads: {seconds['step'] * 1e3:.1f} ms a token, {rate / 1e9:.1f} GB/s, "
                     f"{rate / read:.2f} of the {read / 1e9:.1f} GB/s that are read"
                 )
-                dense, whose = dense_rate(dtype, 1024, CONFIG.model_dim, CONFIG.hidden_dim, chosen.repeats)
+                dense, whose = dense_rate(torch.bfloat16, 1024, CONFIG.model_dim, CONFIG.hidden_dim, chosen.repeats)
                 for length in (256, 1024):
                     prompt = torch.ones(1, length, dtype=torch.long).cumsum(1)
                     cache = model.init_cache(1, length)

@@ -315,7 +315,7 @@ def hidden_states(
 
 
 def output_table(parameters: Dict[str, Tensor], options: Options) -> Tensor:
-    """[V, D]: the embedding itself when tied."""
+    """[V, D], or packed for inference: the embedding itself when tied."""
     if options.tie_embedding:
         return parameters["embedding.weight"]
     return parameters["output.weight"]
@@ -323,8 +323,10 @@ def output_table(parameters: Dict[str, Tensor], options: Options) -> Tensor:
 
 def output_logits(h: Tensor, parameters: Dict[str, Tensor], options: Options) -> Tensor:
     """[..., D] -> float32 [..., V]: scaled by D^-0.5, capped where configured."""
-    table_VD = output_table(parameters, options)
-    logits = torch.ops.glam.linear_wide(h, table_VD.t()) * float(table_VD.size(1)) ** -0.5
+    table = output_table(parameters, options)
+    if table.dim() == 2:  # what is packed is the transposed table
+        table = table.t()
+    logits = torch.ops.glam.linear_wide(h, table) * float(h.size(-1)) ** -0.5
     if options.logit_cap > 0.0:
         logits = options.logit_cap * torch.tanh(logits / options.logit_cap)
     return logits
@@ -372,13 +374,12 @@ def loss(
             + str(list(weights.shape))
         )
     h_BSD, aux, router_z, statistics = hidden_states(tokens, segment_ids, parameters, options, training, random)
-    table_VD = output_table(parameters, options)
     loss_sum, nll, _ = torch.ops.glam.linear_cross_entropy(
         h_BSD.flatten(0, 1),
-        table_VD,
+        output_table(parameters, options),
         targets.flatten(),
         None if weights is None else weights.flatten(),
-        float(table_VD.size(1)) ** -0.5,
+        float(h_BSD.size(2)) ** -0.5,
         options.z_loss,
         options.label_smoothing,
         options.logit_cap,

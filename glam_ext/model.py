@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from glam_ext import _C
 from glam_ext.config import GLaMConfig
+from glam_ext.counts import is_expert_weight
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ELSEWHERE = "change it in place, or use glam_ext.functional, which computes with whatever tensors it is given"
@@ -50,6 +51,15 @@ class _Node(nn.Module):
         raise RuntimeError(
             "glam::GLaM: expected a call of the whole model, got one of a part; glam_ext.functional has the parts"
         )
+
+
+def _inference_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    known = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+    if dtype in known.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in known:
+        raise ValueError(f'glam::GLaM.prepare_for_inference: expected "bfloat16" or "int8", got {dtype!r}')
+    return known[str(dtype)]
 
 
 def _size(node: nn.Module) -> int:
@@ -89,13 +99,17 @@ class GLaM(nn.Module):
         self._adopt(config, _C.GLaM(config.to_json(), seed, str(device), *self._parallel))
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], hashes: bool = True) -> GLaM:
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], hashes: bool = True, inference: torch.dtype | str | None = None
+    ) -> GLaM:
         """The model of a checkpoint folder, or of the newest good one of a run, in eval mode.
 
-        Read by the C++ function that deployed programs use. ``hashes=False`` trusts files whose size is right. Raises
-        ``CheckpointError`` naming the file or the tensor that is not as it should be.
+        Read by the C++ function that deployed programs use. ``hashes=False`` trusts files whose size is right.
+        ``inference``, "bfloat16" or "int8", gives what `prepare_for_inference` would, tensor by tensor from the file:
+        the float32 model is never in memory. Raises ``CheckpointError`` naming the file or the tensor that is not as it
+        should be.
         """
-        core = _C.load_model(path, hashes)
+        core = _C.load_model(path, hashes, None if inference is None else _inference_dtype(inference))
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._parallel = ("", 1)
@@ -137,7 +151,7 @@ class GLaM(nn.Module):
 
     def expert_parameters(self) -> dict[str, Tensor]:
         """The weights of experts by name, [local experts, ...]; all other parameters are whole on every rank."""
-        return {path: tensor for path, _, _, tensor in self._adopted if tensor.dim() == 3}
+        return {path: tensor for path, _, _, tensor in self._adopted if is_expert_weight(path)}
 
     # --- the model
 
@@ -193,6 +207,20 @@ class GLaM(nn.Module):
             lengths = torch.full_like(positions, tokens.shape[1])
         return self._core.step(tokens, cache, positions, lengths)
 
+    def prepare_for_inference(self, dtype: torch.dtype | str) -> GLaM:
+        """Packs the weights of all products and the embedding in "bfloat16" or "int8", in place; frees the plain ones.
+
+        Decoding then reads each weight of an active expert once, in order. In bfloat16 the results are the bits of the
+        model with these weights rounded; int8 has one scale per output column (`glam_ext.ops.pack_weight`). Router,
+        norms and biases stay. The parameters keep their names; none wants a gradient, the packed ones have the packed
+        shapes. What is left is inference: forward, loss under any mode but without gradients, step, generation, export.
+        Raises ``RuntimeError``, and changes nothing, unless model_dim, hidden_dim and num_heads * head_dim are
+        multiples of 32, all experts are here, and the parameters are float32 or bfloat16 on the CPU.
+        """
+        self._check_intact()
+        self._core.prepare_for_inference(_inference_dtype(dtype))
+        return self.eval()
+
     # --- what an nn.Module promises
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -215,6 +243,12 @@ class GLaM(nn.Module):
         first = self._adopted[0][3]
         with torch.no_grad():
             converted = fn(first.new_empty(0))
+            changed = any(fn(x.new_empty(0)).dtype != x.dtype for *_, x in self._adopted)
+        if self._core.is_prepared and changed:
+            raise RuntimeError(
+                "glam::GLaM: expected a prepared model to keep its dtypes, got a conversion: packed weights have none "
+                "to convert to; convert the model before prepare_for_inference"
+            )
         if not torch._has_compatible_shallow_copy_type(first, converted):
             raise RuntimeError(
                 f"glam::GLaM: expected a device whose tensors can take the place of {first.device.type} ones, got "
@@ -265,7 +299,7 @@ class GLaM(nn.Module):
         self._parallel = state["attributes"]["_parallel"]
         self._adopt(state["config"], _C.GLaM(state["config"].to_json(), None, str(device), *self._parallel))
         for path, _, _, tensor in self._adopted:
-            tensor.data = state["tensors"][path]
+            tensor.requires_grad_(False).data = state["tensors"][path]  # integers want none
             tensor.requires_grad_(state["requires_grad"][path])
             tensor.grad = state["grads"].get(path)
         for name, path in state["aliases"].items():

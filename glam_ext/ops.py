@@ -284,6 +284,29 @@ def linear_cross_entropy(
     )
 
 
+# --- weights for inference
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [K, N] or [E, K, N] in the order in which products with few rows read it, in bfloat16 or int8.
+
+    linear, linear_wide, expert_mlp, moe_mlp and geglu_mlp take it where they take the plain weight; embedding and
+    linear_cross_entropy take the packed table.t(). Nothing has a gradient then: an argument that wants one raises.
+    With bfloat16 the results are, to the bit, those of the weight rounded to bfloat16. int8 is symmetric: a column's
+    scale is its largest magnitude / 127, kept in float32; activations are not quantised, sums are float32.
+
+    Args:
+        weight: float32 or bfloat16; K even, N a multiple of 32; any strides.
+        dtype: torch.bfloat16 gives [..., N / 32, K / 2, 64], torch.int8 [..., N / 32, 4 + K, 32], scales included.
+    """
+    return torch.ops.glam.pack_weight(weight, dtype)
+
+
+def unpack_weight(packed: Tensor) -> Tensor:
+    """The plain weight [..., K, N] that `pack_weight` made this of: bfloat16, or for int8 float32."""
+    return torch.ops.glam.unpack_weight(packed)
+
+
 def ordered_sum(x: Tensor) -> Tensor:
     """The sum of all elements in their order, computed in float64, [] in x's dtype; torch's depends on the threads."""
     return torch.ops.glam.ordered_sum(x)

@@ -12,6 +12,8 @@
 #include "cpu/kernels/embedding.h"
 #include "ops/checks.h"
 #include "ops/large_memory.h"
+#include "ops/packed_layout.h"
+#include "ops/packed_weight.h"
 
 namespace glam::cpu {
 namespace {
@@ -19,10 +21,32 @@ namespace {
 constexpr int64_t kElementsPerTask = 16384;
 constexpr int64_t kColumnsPerTask = 32;  // a whole cache line of bfloat16
 
+// Rows ids[begin, end) of a table [V, D] whose transpose is packed.
+void unpack_rows(const Tensor& table, const int64_t* ids, int64_t begin, int64_t end, const Tensor& y) {
+  const int64_t D = y.size(-1), strip_elements = table.size(1) * table.size(2);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = ids[t] / kStripColumns * strip_elements, column = ids[t] % kStripColumns;
+    if (table.scalar_type() == at::kChar) {
+      const auto* const strip = table.const_data_ptr<int8_t>() + first;
+      const float scale = reinterpret_cast<const float*>(strip)[column];
+      float* const out = y.mutable_data_ptr<float>() + t * D;
+      for (int64_t d = 0; d < D; ++d) {
+        out[d] = scale * static_cast<float>(strip[(kScaleRows + d) * kStripColumns + column]);
+      }
+    } else {
+      const auto* const strip = table.const_data_ptr<at::BFloat16>() + first;
+      auto* const out = y.mutable_data_ptr<at::BFloat16>() + t * D;
+      for (int64_t d = 0; d < D; ++d) out[d] = strip[d / 2 * 2 * kStripColumns + 2 * column + d % 2];
+    }
+  }
+}
+
 Tensor embedding(const Tensor& ids_, const Tensor& table_) {
   checks::embedding(ids_, table_);
+  const bool is_packed = packed::is_packed(table_, 2);
   const Tensor ids = ids_.to(at::kLong).contiguous(), table = table_.contiguous();
-  const int64_t V = table.size(0), D = table.size(1), T = ids.numel();
+  const int64_t V = is_packed ? packed::columns(table).expect_int() : table.size(0), T = ids.numel();
+  const int64_t D = is_packed ? packed::depth(table).expect_int() : table.size(1);
   const auto* id = ids.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < T; ++t) {
     TORCH_CHECK(id[t] >= 0 && id[t] < V, "glam::embedding: expected ids in [0, V) with V = ", V, ", got ", id[t],
@@ -30,8 +54,13 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
   }
   auto sizes = ids.sizes().vec();
   sizes.push_back(D);
-  const Tensor y = empty_large(sizes, table.options());
+  const auto dtype = table.scalar_type() == at::kChar ? at::kFloat : table.scalar_type();
+  const Tensor y = empty_large(sizes, table.options().dtype(dtype));
   if (y.numel() == 0) return y;
+  if (is_packed) {
+    at::parallel_for(0, T, 1, [&](int64_t begin, int64_t end) { unpack_rows(table, id, begin, end, y); });
+    return y;
+  }
   const size_t row_bytes = static_cast<size_t>(D) * table.element_size();
   const auto* const from = static_cast<const char*>(table.const_data_ptr());
   auto* const to = static_cast<char*>(y.mutable_data_ptr());

@@ -19,6 +19,7 @@
 #include "ops/checks.h"
 #include "ops/experts.h"
 #include "ops/large_memory.h"
+#include "ops/packed_weight.h"
 
 namespace glam::cpu {
 namespace {
@@ -97,7 +98,7 @@ Operand as_reduction(Operand rows, const int32_t* picked) {
 }
 
 struct Weights {
-  Tensor wi, wo, wg;  // unit stride in one of the last two dimensions; wg undefined unless geglu
+  Tensor wi, wo, wg;  // contiguous, plain or packed; wg undefined unless geglu
   Precision precision;
 
   Weights(const Tensor& wi_, const Tensor& wo_, const OptionalTensor& wg_, at::ScalarType compute)
@@ -105,6 +106,7 @@ struct Weights {
         wo(wo_.contiguous()),
         wg(wg_ ? wg_->contiguous() : Tensor()),
         precision(precision_of(compute)) {}
+  int64_t hidden_dim() const { return packed::columns(wi, 3).expect_int(); }
   Operand columns(const Tensor& weight, int64_t expert) const { return outer_columns(weight[expert]); }
   Operand transposed_columns(const Tensor& weight, int64_t expert) const { return outer_columns(weight[expert].t()); }
 };
@@ -138,7 +140,7 @@ void zero_unused(const Hidden& hidden, int64_t used) {
 template <class T>
 Hidden forward(const Operand& rows, const Tensor& like, const Segments& segments, const Weights& weights,
                Transform activation, const Tensor& out) {
-  const int64_t R = segments.num_rows(), D = weights.wi.size(1), F = weights.wi.size(2);
+  const int64_t R = segments.num_rows(), D = out.size(1), F = weights.hidden_dim();
   Hidden hidden = empty_hidden(R, F, weights.wg.defined(), like.options());
   std::vector<Product> up, down;
   for (int64_t s = 0; s < segments.count(); ++s) {

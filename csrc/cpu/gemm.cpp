@@ -4,6 +4,7 @@
 
 #include "cpu/phases.h"
 #include "cpu/scratch.h"
+#include "ops/packed_layout.h"
 
 namespace glam::cpu {
 namespace {
@@ -157,6 +158,7 @@ class Run {
     T* const c = c_scratch.get<T>(slice.rows_per_block * stride);
     functions_.pack_a(p.a, row, row + rows, p.k, a);
     functions_.multiply(rows, slice.columns, p.k, a, buffer + slice.packed, c, stride);
+    functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
     if (epilogue_) {
       (*epilogue_)(slice.product, row, rows, c, stride);
     } else {
@@ -217,7 +219,7 @@ class FewRows {
     constexpr int64_t kSumBytes = 16 << 10;
     const int64_t most = kSumBytes / (static_cast<int64_t>(sizeof(T)) * p.m);
     const int64_t share = divide_up(p.n, at::get_num_threads());
-    return round_up(std::min(most, share), functions_.tile_columns);
+    return round_up(std::min(most, share), std::max(functions_.tile_columns, kStripColumns));
   }
 
   const std::vector<Product>& products_;
@@ -254,6 +256,8 @@ Type type_of(const at::Tensor& tensor) {
       return Type::f32;
     case at::kBFloat16:
       return Type::bf16;
+    case at::kChar:
+      return Type::i8;
     default:
       TORCH_CHECK(false, "glam: expected Double, Float or BFloat16 on CPU, got ", tensor.scalar_type());
   }
@@ -268,7 +272,14 @@ Operand outer_rows(const at::Tensor& matrix) {
           .rows_are_k = transposed};
 }
 
-Operand outer_columns(const at::Tensor& matrix) { return outer_rows(matrix.t()); }
+Operand outer_columns(const at::Tensor& matrix) {
+  if (matrix.dim() == 2) return outer_rows(matrix.t());
+  TORCH_INTERNAL_ASSERT(matrix.dim() == 3 && matrix.is_contiguous());  // packed for inference
+  return {.data = matrix.const_data_ptr(),
+          .type = type_of(matrix),
+          .row_stride = matrix.size(1) * matrix.size(2),
+          .stored = true};
+}
 
 Output output_to(const at::Tensor& matrix, bool accumulate) {
   return {.data = matrix.mutable_data_ptr(),

@@ -43,7 +43,8 @@ inline Precision precision_of(at::ScalarType dtype) {
 Type type_of(const at::Tensor& tensor);
 
 // A 2-D tensor as an operand whose outer index is its rows (the A side) or its columns (the B side). A transposed view
-// costs nothing; the tensor must have unit stride in one dimension (see with_unit_stride).
+// costs nothing; the tensor must have unit stride in one dimension (see with_unit_stride). The B side may also be a weight
+// packed for inference (ops/packed_weight.h), which has three.
 Operand outer_rows(const at::Tensor& matrix);
 Operand outer_columns(const at::Tensor& matrix);
 Output output_to(const at::Tensor& matrix, bool accumulate = false);

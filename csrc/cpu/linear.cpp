@@ -3,6 +3,7 @@
 #include "cpu/gemm.h"
 #include "ops/checks.h"
 #include "ops/large_memory.h"
+#include "ops/packed_weight.h"
 
 namespace glam::cpu {
 namespace {
@@ -12,9 +13,10 @@ Tensor as_matrix(const Tensor& x) { return with_unit_stride(x.reshape({-1, x.siz
 template <bool wide>
 Tensor linear(const Tensor& x, const Tensor& weight_) {
   checks::linear(x, weight_);
-  const Tensor weight = with_unit_stride(weight_);
+  const bool is_packed = packed::is_packed(weight_, 2);
+  const Tensor weight = is_packed ? weight_ : with_unit_stride(weight_);
   auto sizes = x.sizes().vec();
-  sizes.back() = weight.size(1);
+  sizes.back() = is_packed ? packed::columns(weight).expect_int() : weight.size(1);
   const auto dtype = wide ? accumulation_dtype(x.scalar_type()) : x.scalar_type();
   const Tensor y = empty_large(sizes, x.options().dtype(dtype));
   if (y.numel() == 0) return y;

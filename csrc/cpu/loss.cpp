@@ -18,6 +18,7 @@
 #include "cpu/kernels/loss.h"
 #include "ops/common.h"
 #include "ops/large_memory.h"
+#include "ops/packed_layout.h"
 
 namespace glam::cpu {
 namespace {
@@ -48,7 +49,7 @@ struct Logits {
         logit_cap(logit_cap_),
         vocab_start(vocab_start_) {}
   int64_t num_tokens() const { return hidden.size(0); }
-  int64_t columns() const { return embedding.size(0); }
+  int64_t columns() const { return embedding.dim() == 3 ? embedding.size(0) * kStripColumns : embedding.size(0); }
   Precision precision() const { return precision_of(hidden.scalar_type()); }
   Logits tokens(int64_t first, int64_t count) const {
     return {hidden.narrow(0, first, count), embedding, targets.narrow(0, first, count), scale, logit_cap, vocab_start};
@@ -69,7 +70,9 @@ struct Logits {
   // `finish` gets the finished rows of such values.
   template <class T, class F>
   void multiply(int64_t column, int64_t columns, F&& finish) const {
-    const Operand b = outer_rows(embedding.narrow(0, column, columns));
+    const bool packed = embedding.dim() == 3;
+    const Operand b = packed ? outer_columns(embedding.narrow(0, column / kStripColumns, columns / kStripColumns))
+                             : outer_rows(embedding.narrow(0, column, columns));
     run_products<T>(
         {{.a = outer_rows(hidden), .b = b, .c = {}, .m = num_tokens(), .n = columns, .k = hidden.size(1)}}, precision(),
         [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) { finish(row, rows, values, stride); });

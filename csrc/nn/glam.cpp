@@ -22,6 +22,13 @@ void check_tokens(const char* method, const Tensor& tokens) {
               ": expected tokens to be Long [B, S], got ", tokens.scalar_type(), " ", tokens.sizes());
 }
 
+bool is_expert_weight(std::string_view name) {
+  return name.ends_with(".moe.wi") || name.ends_with(".moe.wg") || name.ends_with(".moe.wo");
+}
+
+// The transposed table is what is packed.
+bool is_packed(const Tensor& table) { return table.dim() == 3; }
+
 }  // namespace
 
 BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device device, const ExpertParallel& parallel) {
@@ -86,14 +93,15 @@ const Tensor& GLaMImpl::output_table() const { return config_.tie_embedding ? em
 
 Tensor GLaMImpl::output_logits(const Tensor& h) const {
   const Tensor& table_VD = output_table();
-  const Tensor logits = linear_wide(h, table_VD.t()) * std::pow(static_cast<double>(config_.model_dim), -0.5);
+  const Tensor logits = linear_wide(h, is_packed(table_VD) ? table_VD : table_VD.t()) *
+                        std::pow(static_cast<double>(config_.model_dim), -0.5);
   return config_.logit_cap > 0 ? torch::tanh(logits / config_.logit_cap) * config_.logit_cap : logits;
 }
 
 torch::OrderedDict<std::string, Tensor> GLaMImpl::expert_parameters() const {
   torch::OrderedDict<std::string, Tensor> experts;
   for (const auto& item : named_parameters()) {
-    if (item.value().dim() == 3) experts.insert(item.key(), item.value());
+    if (is_expert_weight(item.key())) experts.insert(item.key(), item.value());
   }
   return experts;
 }

@@ -5,6 +5,8 @@
 
 #include <sstream>
 
+#include "nn/inference.h"
+
 namespace glam {
 namespace {
 
@@ -22,10 +24,11 @@ std::string describe(const at::Tensor& tensor) {
 
 }  // namespace
 
-nn::GLaM load_model(const std::filesystem::path& path, Verify verify) {
+nn::GLaM load_model(const std::filesystem::path& path, Verify verify, std::optional<torch::ScalarType> inference) {
   const CheckpointFolder folder = open_checkpoint(path, verify);
+  if (inference) nn::check_can_be_prepared(folder.config, *inference);
   TensorMap tensors = load_tensors(folder, "model");
-  nn::GLaM model(folder.config, /*seed=*/std::nullopt);
+  nn::GLaM model(folder.config, /*seed=*/std::nullopt);  // memory that nobody has touched yet
   const torch::NoGradGuard no_grad;
   for (const auto& item : model->named_parameters()) {
     const auto& name = item.key();
@@ -36,7 +39,14 @@ nn::GLaM load_model(const std::filesystem::path& path, Verify verify) {
       refuse(folder.path,
              "expected tensor " + name + " to be " + describe(parameter) + ", got " + describe(found->second));
     }
-    parameter.copy_(found->second);
+    // A tensor that stays as it is must not keep the file mapped.
+    const at::Tensor values = inference ? nn::prepared(name, found->second, *inference) : found->second;
+    if (values.is_same(found->second)) {
+      parameter.copy_(values);
+      parameter.requires_grad_(!inference);
+    } else {
+      nn::replace(parameter, values);
+    }
     tensors.erase(found);
   }
   if (!tensors.empty()) {

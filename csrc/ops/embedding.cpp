@@ -1,12 +1,14 @@
 // Embedding: y[...] = table[ids[...]], with ids [...] int64 or int32, table [V, D], y [..., D] in the table's dtype.
 //
 // An id outside [0, V) raises on CPU. The table's gradient is dense [V, D] in the table's dtype: for each id the rows that
-// used it are added in their order, in float32 (float64 for float64); no atomics.
+// used it are added in their order, in float32 (float64 for float64); no atomics. The table may be packed for inference:
+// table.t() is, so that the output layer can use it too (ops/packed_weight.h); y is bfloat16 then, or float32 for int8.
 
 #include <ATen/ops/empty.h>
 
 #include "glam/ops.h"
 #include "ops/checks.h"
+#include "ops/packed_weight.h"
 
 namespace glam {
 namespace {
@@ -27,8 +29,12 @@ const auto& backward_op() {
 void checks::embedding(const Tensor& ids, const Tensor& table) {
   TORCH_CHECK(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, kOp,
               ": expected ids to be Long or Int, got ", ids.scalar_type());
-  check_floating(kOp, "table", table);
-  check_dim(kOp, "table", table, "[V, D]", 2);
+  if (packed::is_packed(table, 2)) {
+    packed::check_weight(kOp, "table", table, "[D, V]", {-1, -1}, at::empty({0}, table.options().dtype(at::kFloat)));
+  } else {
+    check_floating(kOp, "table", table);
+    check_dim(kOp, "table", table, "[V, D]", 2);
+  }
   check_same_device(kOp, ids, table);
 }
 
@@ -46,13 +52,24 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
   }
 };
 
-Tensor embedding_autograd(const Tensor& ids, const Tensor& table) { return EmbeddingFunction::apply(ids, table); }
+Tensor embedding_autograd(const Tensor& ids, const Tensor& table) {
+  if (packed::is_packed(table, 2)) {
+    packed::refuse_gradients(kOp, {table});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return embedding_op().call(ids, table);
+  }
+  return EmbeddingFunction::apply(ids, table);
+}
 
 Tensor embedding_meta(const Tensor& ids, const Tensor& table) {
   checks::embedding(ids, table);
   auto sizes = ids.sym_sizes().vec();
-  sizes.push_back(table.sym_size(1));
-  return at::empty_symint(sizes, table.options());
+  if (!packed::is_packed(table, 2)) {
+    sizes.push_back(table.sym_size(1));
+    return at::empty_symint(sizes, table.options());
+  }
+  sizes.push_back(packed::depth(table));
+  return at::empty_symint(sizes, table.options().dtype(table.scalar_type() == at::kChar ? at::kFloat : at::kBFloat16));
 }
 
 Tensor backward_meta(const Tensor& grad, const Tensor&, SymInt num_rows) {

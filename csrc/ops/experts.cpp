@@ -9,7 +9,7 @@
 // pre-activations and the plan are saved. geglu_mlp is the dense GLaM layer: one expert that has all rows.
 //
 // Weights are float32 or x's dtype and are rounded to x's dtype where they enter a product; sums are float32 (float64
-// for float64). Sources: GShard (arXiv 2006.16668) section 3.2; GLaM (arXiv 2112.06905) section 3; GEGLU from
+// for float64). They may be packed for inference (ops/packed_weight.h); nothing then has a gradient. Sources: GShard (arXiv 2006.16668) section 3.2; GLaM (arXiv 2112.06905) section 3; GEGLU from
 // arXiv 2002.05202.
 
 #include <ATen/core/grad_mode.h>
@@ -24,6 +24,7 @@
 #include "ops/checks.h"
 #include "ops/experts.h"
 #include "ops/large_memory.h"
+#include "ops/packed_weight.h"
 
 namespace glam {
 namespace {
@@ -175,28 +176,50 @@ struct MoeFunction : torch::autograd::Function<MoeFunction> {
   }
 };
 
-Tensor expert_mlp_autograd(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
-                           const OptionalTensor& wg, c10::string_view activation) {
-  checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
-  return ExpertFunction::apply(rows, OptionalTensor(offsets), wi, wo, wg, std::string(activation));
+// Whether the weights are packed, all of them or none; arguments that want a gradient are refused then.
+bool runs_packed(const char* op, at::TensorList arguments, const Tensor& wi, const Tensor& wo,
+                 const OptionalTensor& wg) {
+  const bool packed = packed::is_packed(wi, 3);
+  TORCH_CHECK(packed::is_packed(wo, 3) == packed && (!wg || packed::is_packed(*wg, 3) == packed), op,
+              ": expected all weights of the experts to be packed, or none, got ", wi.sym_sizes(), " and ",
+              wo.sym_sizes());
+  if (packed) {
+    packed::refuse_gradients(op, arguments);
+    packed::refuse_gradients(op, {wi, wo, or_undefined(wg)});
+  }
+  return packed;
 }
+
 Tensor expert_mlp_below_autograd(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
                                  const OptionalTensor& wg, c10::string_view activation) {
   checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
   return std::get<0>(experts::forward(rows, offsets, wi, wo, wg, activation));
 }
-
-Tensor moe_mlp_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
-                        const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
-                        c10::string_view activation) {
-  checks::moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
-  return MoeFunction::apply(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, std::string(activation));
+Tensor expert_mlp_autograd(const Tensor& rows, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
+                           const OptionalTensor& wg, c10::string_view activation) {
+  checks::expert_mlp("glam::expert_mlp", rows, offsets, wi, wo, wg, activation);
+  if (runs_packed("glam::expert_mlp", {rows}, wi, wo, wg)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return expert_mlp_below_autograd(rows, offsets, wi, wo, wg, activation);
+  }
+  return ExpertFunction::apply(rows, OptionalTensor(offsets), wi, wo, wg, std::string(activation));
 }
+
 Tensor moe_mlp_below_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice,
                               const Tensor& choice_of_row, const Tensor& offsets, const Tensor& wi, const Tensor& wo,
                               const OptionalTensor& wg, c10::string_view activation) {
   checks::moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
   return std::get<0>(moe_forward_op().call(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation));
+}
+Tensor moe_mlp_autograd(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
+                        const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
+                        c10::string_view activation) {
+  checks::moe_mlp(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
+  if (runs_packed("glam::moe_mlp", {x, gates}, wi, wo, wg)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return moe_mlp_below_autograd(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, activation);
+  }
+  return MoeFunction::apply(x, gates, row_of_choice, choice_of_row, offsets, wi, wo, wg, std::string(activation));
 }
 
 // One expert that has all rows; the views keep the weights' gradients whole.
@@ -205,13 +228,10 @@ Tensor geglu_mlp_with(const Tensor& x, const Tensor& w0, const Tensor& w1, const
   check_floating(op, "x", x);
   TORCH_CHECK(x.dim() >= 1, op, ": expected x to be [..., D] with at least 1 dimension, got a scalar");
   const SymInt D = x.sym_size(-1);
-  check_shape(op, "w0", w0, "[D, F]", {D, -1});
-  check_shape(op, "w1", w1, "[D, F]", {D, w0.sym_size(1)});
-  check_shape(op, "wo", wo, "[F, D]", {w0.sym_size(1), D});
-  for (const auto& [name, weight] : {std::pair{"w0", w0}, {"w1", w1}, {"wo", wo}}) {
-    check_weight_dtype(op, name, weight, x);
-    check_same_device(op, weight, x);
-  }
+  packed::check_weight(op, "w0", w0, "[D, F]", {D, -1}, x);
+  const SymInt F = packed::columns(w0, 2);
+  packed::check_weight(op, "w1", w1, "[D, F]", {D, F}, x);
+  packed::check_weight(op, "wo", wo, "[F, D]", {F, D}, x);
   SymInt num_rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) num_rows = num_rows * x.sym_size(i);
   const Tensor out = run(x.reshape_symint({num_rows, D}), w1.unsqueeze(0), wo.unsqueeze(0), w0.unsqueeze(0));
@@ -220,6 +240,10 @@ Tensor geglu_mlp_with(const Tensor& x, const Tensor& w0, const Tensor& w1, const
 
 Tensor geglu_mlp_autograd(const Tensor& x, const Tensor& w0, const Tensor& w1, const Tensor& wo) {
   return geglu_mlp_with(x, w0, w1, wo, [](const Tensor& rows, const Tensor& wi, const Tensor& wo_, const Tensor& wg) {
+    if (runs_packed("glam::geglu_mlp", {rows}, wi, wo_, wg)) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return std::get<0>(experts::forward(rows, std::nullopt, wi, wo_, wg, "geglu"));
+    }
     return ExpertFunction::apply(rows, OptionalTensor(), wi, wo_, OptionalTensor(wg), std::string("geglu"));
   });
 }
@@ -238,7 +262,7 @@ Tensor pre_gate_meta(const Tensor& pre, const OptionalTensor& wg) {
 
 ForwardResult expert_forward_meta(const Tensor& rows, const OptionalTensor&, const Tensor& wi, const Tensor&,
                                   const OptionalTensor& wg, c10::string_view) {
-  const Tensor pre = at::empty_symint({rows.sym_size(0), wi.sym_size(2)}, rows.options());
+  const Tensor pre = at::empty_symint({rows.sym_size(0), packed::columns(wi, 3)}, rows.options());
   return {like(rows), pre, pre_gate_meta(pre, wg)};
 }
 BackwardResult expert_backward_meta(const Tensor&, const Tensor& rows, const OptionalTensor&, const Tensor&,
@@ -258,7 +282,7 @@ void expert_backward_weights_meta(const Tensor&, const Tensor&, const OptionalTe
 ForwardResult moe_forward_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor& choice_of_row,
                                const Tensor&, const Tensor& wi, const Tensor&, const OptionalTensor& wg,
                                c10::string_view) {
-  const Tensor pre = at::empty_symint({choice_of_row.sym_size(0), wi.sym_size(2)}, x.options());
+  const Tensor pre = at::empty_symint({choice_of_row.sym_size(0), packed::columns(wi, 3)}, x.options());
   return {like(x), pre, pre_gate_meta(pre, wg)};
 }
 MoeBackwardResult moe_backward_meta(const Tensor&, const Tensor& x, const Tensor& gates, const Tensor&, const Tensor&,
@@ -347,22 +371,16 @@ void checks::expert_mlp(const char* op, const Tensor& rows, const Tensor& offset
                         const OptionalTensor& wg, c10::string_view activation) {
   check_floating(op, "rows", rows);
   check_dim(op, "rows", rows, "[R, D]", 2);
-  check_dim(op, "wi", wi, "[E, D, F]", 3);
-  const SymInt E = wi.sym_size(0), D = rows.sym_size(1), F = wi.sym_size(2);
-  check_shape(op, "wi", wi, "[E, D, F]", {E, D, F});
-  check_shape(op, "wo", wo, "[E, F, D]", {E, F, D});
-  check_weight_dtype(op, "wi", wi, rows);
-  check_weight_dtype(op, "wo", wo, rows);
-  check_same_device(op, wi, rows);
-  check_same_device(op, wo, rows);
+  const SymInt D = rows.sym_size(1);
+  packed::check_weight(op, "wi", wi, "[E, D, F]", {-1, D, -1}, rows);
+  const SymInt E = wi.sym_size(0), F = packed::columns(wi, 3);
+  packed::check_weight(op, "wo", wo, "[E, F, D]", {E, F, D}, rows);
   TORCH_CHECK(activation == "relu" || activation == "gelu" || activation == "geglu", op,
               ": expected activation to be relu, gelu or geglu, got ", activation);
   TORCH_CHECK(wg.has_value() == (activation == "geglu"), op, ": expected wg ",
               activation == "geglu" ? "with geglu, got none" : "only with geglu, got it with ", activation);
   if (wg) {
-    check_shape(op, "wg", *wg, "[E, D, F]", {E, D, F});
-    check_weight_dtype(op, "wg", *wg, rows);
-    check_same_device(op, *wg, rows);
+    packed::check_weight(op, "wg", *wg, "[E, D, F]", {E, D, F}, rows);
   }
   check_dtype(op, "offsets", offsets, at::kInt);
   check_dim(op, "offsets", offsets, "[S + 1]", 1);

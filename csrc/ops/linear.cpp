@@ -2,12 +2,14 @@
 // float32, as logits want them.
 //
 // W is rounded to x's dtype where it enters the product, and sums are float32 (float64 for float64). A row of y depends
-// on that row of x and on W alone, to the bit. The weight gradient has W's dtype.
+// on that row of x and on W alone, to the bit. The weight gradient has W's dtype. W may be packed for inference
+// (ops/packed_weight.h); nothing then has a gradient.
 
 #include <ATen/ops/empty.h>
 
 #include "glam/ops.h"
 #include "ops/checks.h"
+#include "ops/packed_weight.h"
 
 namespace glam {
 namespace {
@@ -35,9 +37,7 @@ const auto& weight_gradient_op() {
 void checks::linear(const Tensor& x, const Tensor& weight) {
   check_floating(kOp, "x", x);
   TORCH_CHECK(x.dim() >= 1, kOp, ": expected x to be [..., D_in] with at least 1 dimension, got a scalar");
-  check_shape(kOp, "weight", weight, "[D_in, D_out]", {x.sym_size(-1), -1});
-  check_weight_dtype(kOp, "weight", weight, x);
-  check_same_device(kOp, weight, x);
+  packed::check_weight(kOp, "weight", weight, "[D_in, D_out]", {x.sym_size(-1), -1}, x);
 }
 
 namespace {
@@ -62,6 +62,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction<wide>> {
 
 template <bool wide>
 Tensor linear_autograd(const Tensor& x, const Tensor& weight) {
+  if (packed::is_packed(weight, 2)) {
+    packed::refuse_gradients(kOp, {x, weight});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return (wide ? linear_wide_op() : linear_op()).call(x, weight);
+  }
   return LinearFunction<wide>::apply(x, weight);
 }
 
@@ -69,7 +74,7 @@ template <bool wide>
 Tensor linear_meta(const Tensor& x, const Tensor& weight) {
   checks::linear(x, weight);
   auto sizes = x.sym_sizes().vec();
-  sizes.back() = weight.sym_size(1);
+  sizes.back() = packed::columns(weight, 2);
   const auto dtype = wide ? accumulation_dtype(x.scalar_type()) : x.scalar_type();
   return at::empty_symint(sizes, x.options().dtype(dtype));
 }

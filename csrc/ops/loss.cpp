@@ -7,7 +7,8 @@
 // with s the label smoothing. Letters: T tokens, D model dim, V vocabulary. hidden [T, D]; embedding [V, D] float32 or
 // hidden's dtype; targets int64 [T]; weights [T]; results float32 (float64 for float64). A vocabulary split over the
 // ranks of `group` passes its first row as vocab_start: the statistics, then the gradient of hidden, are summed over the
-// group. Only loss_sum is differentiable.
+// group. Only loss_sum is differentiable. embedding.t() may be packed for inference (ops/packed_weight.h) where no gradient
+// is wanted.
 //
 // Where a gradient will be wanted, the forward pass computes it for a gradient of 1 at loss_sum, while it has the logits of
 // a block of tokens (three products in all), and the backward pass scales it. A vocabulary split over ranks, or too large
@@ -22,6 +23,7 @@
 #include "distributed/collectives.h"
 #include "glam/ops.h"
 #include "ops/checks.h"
+#include "ops/packed_weight.h"
 
 namespace glam {
 namespace {
@@ -78,8 +80,12 @@ void check(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
            const Options& options) {
   check_floating(kOp, "hidden", hidden);
   check_dim(kOp, "hidden", hidden, "[T, D]", 2);
-  check_shape(kOp, "embedding", embedding, "[V, D]", {-1, hidden.sym_size(1)});
-  check_weight_dtype(kOp, "embedding", embedding, hidden);
+  if (packed::is_packed(embedding, 2)) {
+    packed::check_weight(kOp, "embedding", embedding, "[D, V]", {hidden.sym_size(1), -1}, hidden);
+  } else {
+    check_shape(kOp, "embedding", embedding, "[V, D]", {-1, hidden.sym_size(1)});
+    check_weight_dtype(kOp, "embedding", embedding, hidden);
+  }
   check_dtype(kOp, "targets", targets, at::kLong);
   check_shape(kOp, "targets", targets, "[T]", {hidden.sym_size(0)});
   check_same_device(kOp, embedding, hidden);
@@ -100,7 +106,8 @@ struct Forward {
 
 Forward compute(const Tensor& hidden, const Tensor& embedding, const Tensor& targets, const OptionalTensor& weights,
                 const Options& options) {
-  const SymInt vocabulary = embedding.sym_size(0) * collectives::group_size(options.group);
+  const SymInt rows = packed::is_packed(embedding, 2) ? packed::columns(embedding) : embedding.sym_size(0);
+  const SymInt vocabulary = rows * collectives::group_size(options.group);
   auto [lse, target_logit, logit_sum] = statistics_op().call(hidden, embedding, targets, options.scale,
                                                              options.logit_cap, options.vocab_start, vocabulary);
   if (!options.group.empty()) {
@@ -184,6 +191,12 @@ Triple loss_autograd(const Tensor& hidden, const Tensor& embedding, const Tensor
                      double logit_cap, SymInt vocab_start, c10::string_view group) {
   const Options options{scale, z_loss, label_smoothing, logit_cap, std::move(vocab_start), std::string(group)};
   check(hidden, embedding, targets, weights, options);
+  if (packed::is_packed(embedding, 2)) {
+    packed::refuse_gradients(kOp, {hidden, embedding});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Forward result = compute(hidden, embedding, targets, weights, options);
+    return {result.loss_sum, result.nll, result.lse};
+  }
   const bool one_pass = options.group.empty() && options.vocab_start == 0 &&
                         embedding.sym_size(0) <= kMostOnePassVocabulary && at::GradMode::is_enabled() &&
                         (hidden.requires_grad() || embedding.requires_grad());

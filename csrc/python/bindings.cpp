@@ -224,14 +224,16 @@ void bind_model(py::module_& m) {
                                    loss.router_statistics);
           },
           release_gil())
+      .def("prepare_for_inference", &GLaMImpl::prepare_for_inference, release_gil())
+      .def_property_readonly("is_prepared", &GLaMImpl::is_prepared)
       .def("init_cache", &GLaMImpl::init_cache, release_gil())
       .def("step", &GLaMImpl::step, release_gil());
   m.def(
       "load_model",
-      [](const std::filesystem::path& folder, bool hashes) {
-        return glam::load_model(folder, hashes ? glam::Verify::kHashes : glam::Verify::kSizes).ptr();
+      [](const std::filesystem::path& folder, bool hashes, std::optional<at::ScalarType> inference) {
+        return glam::load_model(folder, hashes ? glam::Verify::kHashes : glam::Verify::kSizes, inference).ptr();
       },
-      py::arg("folder"), py::arg("hashes") = true, release_gil());
+      py::arg("folder"), py::arg("hashes") = true, py::arg("inference") = py::none(), release_gil());
 }
 
 void bind_distributed(py::module_& m) {

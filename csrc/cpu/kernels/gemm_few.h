@@ -4,7 +4,7 @@
 // The chains of kernels/gemm.h, step by step in the same order: the bits are those of the same rows among many.
 #pragma once
 
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/stored.h"
 
 namespace glam::cpu::GLAM_ISA {
 
@@ -199,6 +199,7 @@ template <class Format>
 inline bool can_stream(const Operand& a, const Operand& b) {
   using Sum = typename Format::Sum;
   if (a.rows_are_k || !is_plain(b) || b.row_index) return false;
+  if (b.stored) return true;
   if constexpr (std::is_same_v<Format, Bf16Precision>) {
     return b.type == Type::bf16 || b.type == Type::f32;
   } else {
@@ -253,6 +254,19 @@ inline void multiply_few(int64_t rows, const typename Format::Element* a, const 
                                               c_stride);
     });
   };
+  if constexpr (std::is_same_v<Sum, float>) {
+    if (b.stored) {
+      with_rows([&](auto m) {
+        if (b.type == Type::i8) {
+          stream_strips<Format, decltype(m)::value, PairOfInt8>(a, depth, b, column, columns, c, c_stride);
+          scale_columns(b, rows, column, columns, c, c_stride);
+        } else {
+          stream_strips<Format, decltype(m)::value, PairOfBf16>(a, depth, b, column, columns, c, c_stride);
+        }
+      });
+      return;
+    }
+  }
   if constexpr (std::is_same_v<Format, Bf16Precision>) {
     if (b.type == Type::f32) {
       const auto* const data = static_cast<const float*>(b.data);

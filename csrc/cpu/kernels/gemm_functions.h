@@ -16,7 +16,15 @@ struct GemmEntries {
     pack_left_strips<Format>(operand, begin, end, depth, static_cast<Element*>(panels));
   }
   static void pack_b(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels) {
+    if constexpr (std::is_same_v<Sum, float>) {
+      if (operand.stored) return pack_stored<Format>(operand, begin, end, depth, static_cast<Element*>(panels));
+    }
     pack_strips<Format, kTileColumns<Sum>>(operand, begin, end, depth, static_cast<Element*>(panels));
+  }
+  static void scale(const Operand& b, int64_t rows, int64_t column, int64_t columns, Sum* c, int64_t c_stride) {
+    if constexpr (std::is_same_v<Sum, float>) {
+      if (b.stored && b.type == Type::i8) scale_columns(b, rows, column, columns, c, c_stride);
+    }
   }
   static void multiply(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, Sum* c,
                        int64_t c_stride) {
@@ -44,6 +52,7 @@ struct GemmEntries {
             .pack_a = &pack_a,
             .pack_b = &pack_b,
             .multiply = &multiply,
+            .scale = &scale,
             .few_rows = kFewRows,
             .can_stream = &can_stream_in_order,
             .load_few = &load_few_rows,

@@ -17,6 +17,8 @@ struct GemmFunctions {
   void (*pack_b)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, T* c,
                    int64_t c_stride);
+  // c[rows][columns] *= the scales that columns [column, column + columns) of B have, if B is stored as integers.
+  void (*scale)(const Operand& b, int64_t rows, int64_t column, int64_t columns, T* c, int64_t c_stride);
   // For up to few_rows rows of A: with loaded rows (few_rows * panel_bytes), columns [column, column + columns) of a B that is
   // read where it lies, if can_stream says that it can be.
   int64_t few_rows;

@@ -8,7 +8,7 @@
 
 namespace glam::cpu {
 
-enum class Type : int32_t { f64, f32, bf16 };
+enum class Type : int32_t { f64, f32, bf16, i8 };
 
 // geglu: gelu(gate) * value, where `gate` is a second matrix of the same type and stride. GELU is its tanh form.
 enum class Transform : int32_t { none, relu, gelu, geglu };
@@ -28,6 +28,8 @@ struct Operand {
   Transform transform = Transform::none;
   const void* gate = nullptr;
   const void* row_scale = nullptr;  // of the accumulation type, one per operand row
+  // Packed for inference (kernels/stored.h): `data` is the first strip, bf16 or i8, and row_stride its elements. B only.
+  bool stored = false;
 };
 
 struct Output {
@@ -38,7 +40,7 @@ struct Output {
   bool stream = false;      // past the caches: for what is larger than they are and not read soon
 };
 
-inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
 
 inline const void* advance(const void* data, Type type, int64_t elements) {
   return static_cast<const char*>(data) + elements * size_of(type);

@@ -57,6 +57,20 @@ inline __m512i round_pair(const float* low, const float* high) {
 }
 #endif
 
+// A vector of int8 numbers as floats; GCC converts such vectors element by element.
+inline typename VectorOf<float>::type to_floats(const int8_t* values) {
+  using Vector = typename VectorOf<float>::type;
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))));
+#elif defined(__AVX2__) && !defined(GLAM_EMULATE_AVX512BF16)
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))));
+#else
+  Vector result;
+  for (int l = 0; l < VectorOf<float>::lanes; ++l) result[l] = static_cast<float>(values[l]);
+  return result;
+#endif
+}
+
 // count contiguous values of `type` at `data` as T; the loops vectorise.
 template <class T>
 inline void load_values(const void* data, Type type, int64_t count, T* out) {

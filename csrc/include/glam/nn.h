@@ -156,6 +156,15 @@ class GLaMImpl : public torch::nn::Module {
   Loss loss(const Tensor& tokens, const Tensor& targets, const std::optional<Tensor>& weights = std::nullopt,
             const std::optional<Tensor>& segment_ids = std::nullopt, const Randomness& random = {});
 
+  // Packs the weights of all products and the embedding in bfloat16 or int8 (glam::pack_weight), one after the other, and
+  // frees the plain ones; router, norms and biases stay. Parameters keep their names, the packed ones have the packed
+  // shapes, none wants a gradient. The model is then for inference: forward, loss without gradients, step; in eval mode.
+  // A vocabulary that is no multiple of 32 leaves the table in plain bfloat16. Throws c10::Error, and changes nothing,
+  // unless model_dim, hidden_dim and num_heads * head_dim are multiples of 32 and all parameters are here, on the CPU, in
+  // float32 or bfloat16.
+  void prepare_for_inference(torch::ScalarType dtype);
+  bool is_prepared() const;
+
   // Zeroed keys and values of each layer in turn, [batch, max_len, H, A] in the compute dtype.
   std::vector<Tensor> init_cache(int64_t batch, int64_t max_len) const;
   // Appends N tokens per row: tokens int64 [B, N]; positions int32 [B], index of the first new token, -1 for a finished

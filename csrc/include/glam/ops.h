@@ -34,6 +34,15 @@ class AccumulateInPlace {
   bool before_;
 };
 
+// A weight [K, N] or [E, K, N], float32 or bfloat16, packed for inference: bfloat16 (rounded to nearest even) or int8 (one
+// float32 scale per column: largest magnitude / 127), in the order in which few rows are multiplied with it. linear,
+// linear_wide, moe_mlp, expert_mlp and geglu_mlp take it where they take the plain weight, embedding and
+// linear_cross_entropy (without gradients) the packed table.t(). K is even, N a multiple of 32. With bfloat16 the results
+// have the bits of the same weight rounded to bfloat16.
+at::Tensor pack_weight(const at::Tensor& weight, at::ScalarType dtype);
+// The plain weight again, bfloat16 or for int8 float32.
+at::Tensor unpack_weight(const at::Tensor& packed);
+
 // --- Gating and routing: GShard (arXiv 2006.16668) algorithm 1 as GLaM (arXiv 2112.06905) uses it -------------------
 
 // Top-2 gating of logits [T, E]. Groups of group_size consecutive tokens (-1: all tokens are one group, even of none)

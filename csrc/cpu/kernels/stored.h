@@ -1,0 +1,168 @@
+// Weights packed for inference: as they are kept, read and multiplied.
+//
+// Strips of kStripColumns columns, one after the other, which a product with few rows reads from beginning to end:
+//   bf16  [K / 2][32][2]   pairs of k, as the bfloat16 dot product takes them; K is even
+//   i8    [4][32] bytes that are 32 floats, the columns' scales, then [K][32]; a weight is scale * value
+// One layout for all instruction sets: the strips are a multiple of every panel's columns.
+//
+// The chains are those of kernels/gemm.h: the bits are those of the same weights in bfloat16, or of the integers, whose
+// products are scaled at the end.
+#pragma once
+
+#include "cpu/kernels/gemm.h"
+#include "ops/packed_layout.h"
+
+namespace glam::cpu::GLAM_ISA {
+
+static_assert(kStripColumns % kTileColumns<float> == 0);
+
+inline const char* strip_of(const Operand& operand, int64_t column) {
+  return static_cast<const char*>(operand.data) + column / kStripColumns * operand.row_stride * size_of(operand.type);
+}
+inline const float* scales_of(const Operand& operand, int64_t column) {
+  return reinterpret_cast<const float*>(strip_of(operand, column)) + column % kStripColumns;
+}
+
+// kWidth columns of one k, as floats.
+template <int kWidth>
+inline void load_stored(const Operand& operand, const char* strip, int64_t column, int64_t k, float* out) {
+  if (operand.type == Type::i8) {
+    const auto* const row = reinterpret_cast<const int8_t*>(strip) + (kScaleRows + k) * kStripColumns + column;
+    for (int i = 0; i < kWidth; ++i) out[i] = static_cast<float>(row[i]);
+  } else {
+    const auto* const row = reinterpret_cast<const uint16_t*>(strip) + k / 2 * 2 * kStripColumns + 2 * column + k % 2;
+    for (int i = 0; i < kWidth; ++i) out[i] = bf16_to_float(row[2 * i]);
+  }
+}
+
+// Panels of columns [begin, end), both multiples of the panel's columns or the last one: as pack_strips, without the
+// scales.
+template <class Format>
+inline void pack_stored(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
+                        typename Format::Element* panels) {
+  constexpr int kWidth = kTileColumns<typename Format::Sum>;
+  const int64_t steps = Format::steps(depth);
+  for (int64_t i = begin; i < end; i += kWidth, panels += steps * kWidth) {
+    const char* const strip = strip_of(operand, i);
+    const int64_t column = i % kStripColumns;
+    if constexpr (Format::kDepth == 2) {
+      if (operand.type == Type::bf16) {  // as they lie
+        const auto* const words = reinterpret_cast<const uint32_t*>(strip);
+        for (int64_t step = 0; step < depth / 2; ++step) {
+          std::memcpy(panels + step * kWidth, words + step * kStripColumns + column, kWidth * sizeof(uint32_t));
+        }
+        for (int64_t word = depth / 2 * kWidth; word < steps * kWidth; ++word) panels[word] = 0;
+        continue;
+      }
+    }
+    float values[2][kWidth] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int half = 0; half < Format::kDepth; ++half) {
+        const int64_t k = Format::first_k(step) + half;
+        if (k < depth) {
+          load_stored<kWidth>(operand, strip, column, k, values[half]);
+        } else {
+          for (float& value : values[half]) value = 0;
+        }
+      }
+      store_step<kWidth>(Format(), values[0], values[1], panels + step * kWidth);
+    }
+  }
+}
+
+// c[rows][columns] *= the scales of columns [column, column + columns).
+inline void scale_columns(const Operand& operand, int64_t rows, int64_t column, int64_t columns, float* c,
+                          int64_t c_stride) {
+  for (int64_t j = 0; j < columns; j += kTileColumns<float>) {
+    const float* const scales = scales_of(operand, column + j);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t l = 0; l < kTileColumns<float>; ++l) c[i * c_stride + j + l] *= scales[l];
+    }
+  }
+}
+
+// The words of one pair of k in a vector's columns of a strip: a bfloat16 number in each half, the even k in the lower.
+struct PairOfBf16 {
+  static constexpr int64_t kBytes = 4;  // of a column
+  using Words = typename VectorOf<uint32_t>::type;
+  static Words load(const char* pair, int64_t column) {
+    return *reinterpret_cast<const Words*>(pair + column * kBytes);
+  }
+};
+struct PairOfInt8 {
+  static constexpr int64_t kBytes = 2;
+  using Words = typename VectorOf<uint32_t>::type;
+  static Words load(const char* pair, int64_t column) {
+    const auto* const even = reinterpret_cast<const int8_t*>(pair) + column;
+    return (Words)to_floats(even + kStripColumns) | (Words)to_floats(even) >> 16;  // 8 bits are exact
+  }
+};
+
+// c[M][columns] for kStrips whole strips from `column` on: as many chains as it takes to fill the time of an addition.
+template <class Format, int M, class Pair, int kStrips>
+inline void stream_strips_at_once(const typename Format::Element* a, int64_t depth, const Operand& b, int64_t column,
+                                  float* c, int64_t c_stride) {
+  using Vector = typename VectorOf<float>::type;
+  constexpr int lanes = VectorOf<float>::lanes;
+  constexpr int64_t kPairBytes = Pair::kBytes * kStripColumns, kAhead = 2048;  // bytes
+  constexpr int kSums = kVectorBytes == 64 ? 16 : 8, kStripVectors = kStripColumns / lanes;
+  constexpr int kPerStrip = kSums / M / kStrips, kVectors = kPerStrip < 1               ? 1
+                                                            : kPerStrip < kStripVectors ? kPerStrip
+                                                                                        : kStripVectors;
+  const int64_t first = b.type == Type::i8 ? kScaleRows * kStripColumns : 0;
+  for (int64_t part = 0; part < kStripColumns; part += kVectors * lanes) {
+    Vector sum[kStrips][M][kVectors] = {};
+    const char* pair[kStrips];
+    for (int s = 0; s < kStrips; ++s) pair[s] = strip_of(b, column + s * kStripColumns) + first;
+    for (int64_t p = 0; p < depth / 2; ++p) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kStrips; ++s) {
+        for (int64_t byte = 0; part == 0 && byte < kPairBytes; byte += kLine) {
+          __builtin_prefetch(pair[s] + kAhead + byte);
+        }
+        const auto step = [&](int64_t index, auto right, int v) {
+#pragma GCC unroll 8
+          for (int i = 0; i < M; ++i) accumulate(a[index * M + i], right, sum[s][i][v]);
+        };
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          const auto words = Pair::load(pair[s], part + v * lanes);
+          const auto even = (Vector)(words << 16), odd = (Vector)(words & 0xffff0000u);
+          if constexpr (Format::kDepth == 2) {
+            step(p, words, v);
+          } else if constexpr (std::is_same_v<Format, Bf16Precision>) {
+            step(2 * p, odd, v);
+            step(2 * p + 1, even, v);
+          } else {
+            step(2 * p, even, v);
+            step(2 * p + 1, odd, v);
+          }
+        }
+        pair[s] += kPairBytes;
+      }
+    }
+    for (int s = 0; s < kStrips; ++s) {
+      for (int i = 0; i < M; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          *reinterpret_cast<Vector*>(c + i * c_stride + s * kStripColumns + part + v * lanes) = sum[s][i][v];
+        }
+      }
+    }
+  }
+}
+
+// The same for any number of columns, a multiple of a strip's.
+template <class Format, int M, class Pair>
+inline void stream_strips(const typename Format::Element* a, int64_t depth, const Operand& b, int64_t column,
+                          int64_t columns, float* c, int64_t c_stride) {
+  constexpr int kStrips = Pair::kBytes == 4 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;
+  int64_t j = 0;
+  for (; j + kStrips * kStripColumns <= columns; j += kStrips * kStripColumns) {
+    stream_strips_at_once<Format, M, Pair, kStrips>(a, depth, b, column + j, c + j, c_stride);
+  }
+  for (; j < columns; j += kStripColumns) {
+    stream_strips_at_once<Format, M, Pair, 1>(a, depth, b, column + j, c + j, c_stride);
+  }
+}
+
+}  // namespace glam::cpu::GLAM_ISA
