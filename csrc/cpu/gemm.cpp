@@ -25,7 +25,7 @@ int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1)
 // `packed` (bytes) of their batch's buffer.
 struct Slice {
   int64_t product, column, columns, packed;
-  int64_t rows_per_block;
+  int64_t blocks;
   int64_t first_strip, first_task;  // running totals of the batch
 };
 
@@ -78,12 +78,17 @@ class Run {
     bool is_pack;
   };
 
-  int64_t rows_per_block(const Product& p, int64_t columns) const {
+  // As many for each thread, of nearly one size: none is a straggler.
+  int64_t row_blocks(const Product& p, int64_t columns) const {
     const int64_t row_bytes = functions_.panel_bytes(p.k) + columns * static_cast<int64_t>(sizeof(T));
     const int64_t tiles = std::clamp<int64_t>(kBlockBytes / (row_bytes * functions_.tile_rows), 1, kMostRowTiles);
-    // Blocks of nearly one size: the last one is no straggler.
-    const int64_t all = divide_up(p.m, functions_.tile_rows), blocks = divide_up(all, tiles);
-    return divide_up(all, blocks) * functions_.tile_rows;
+    const int64_t all = row_tiles(p), blocks = divide_up(all, tiles);
+    return std::min(all, blocks == 1 ? 1 : round_up(blocks, at::get_num_threads()));
+  }
+  int64_t row_tiles(const Product& p) const { return divide_up(p.m, functions_.tile_rows); }
+  // The first row of a block.
+  int64_t row_of(const Product& p, int64_t block, int64_t blocks) const {
+    return std::min(p.m, row_tiles(p) * block / blocks * functions_.tile_rows);
   }
 
   void make_batches() {
@@ -107,7 +112,7 @@ class Run {
     int64_t tasks = 0;
     for (const Product& p : products_) {
       const int64_t columns = std::min(columns_per_slice, p.n);
-      if (p.m > 0 && p.n > 0) tasks += divide_up(p.n, columns) * divide_up(p.m, rows_per_block(p, columns));
+      if (p.m > 0 && p.n > 0) tasks += divide_up(p.n, columns) * row_blocks(p, columns);
     }
     return tasks;
   }
@@ -120,11 +125,11 @@ class Run {
       batches_.emplace_back();
     }
     Batch& batch = batches_.back();
-    const int64_t rows = rows_per_block(p, columns);
-    batch.slices.push_back({product, column, columns, batch.packed_bytes, rows, batch.num_strips, batch.num_tasks});
+    const int64_t blocks = row_blocks(p, columns);
+    batch.slices.push_back({product, column, columns, batch.packed_bytes, blocks, batch.num_strips, batch.num_tasks});
     batch.packed_bytes += bytes;
     batch.num_strips += strips;
-    batch.num_tasks += divide_up(p.m, rows);
+    batch.num_tasks += blocks;
   }
 
   // The slice in which the `index`-th strip or task of a batch lies.
@@ -151,11 +156,12 @@ class Run {
     static thread_local Scratch a_scratch, c_scratch;
     const Slice& slice = find(batch, &Slice::first_task, task);
     const Product& p = products_[slice.product];
-    const int64_t row = (task - slice.first_task) * slice.rows_per_block;
-    const int64_t rows = std::min(slice.rows_per_block, p.m - row);
+    const int64_t block = task - slice.first_task, row = row_of(p, block, slice.blocks);
+    const int64_t rows = row_of(p, block + 1, slice.blocks) - row;
+    const int64_t padded = round_up(rows, functions_.tile_rows);
     const int64_t stride = round_up(slice.columns, functions_.tile_columns);
-    char* const a = a_scratch.get<char>(slice.rows_per_block * functions_.panel_bytes(p.k));
-    T* const c = c_scratch.get<T>(slice.rows_per_block * stride);
+    char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(p.k));
+    T* const c = c_scratch.get<T>(padded * stride);
     functions_.pack_a(p.a, row, row + rows, p.k, a);
     functions_.multiply(rows, slice.columns, p.k, a, buffer + slice.packed, c, stride);
     functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);

@@ -8,11 +8,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/loss.h"
@@ -25,7 +24,8 @@ namespace {
 
 constexpr auto kOp = "glam::linear_cross_entropy";
 constexpr int64_t kLogitBytes = 128 << 20;
-constexpr int64_t kLogitColumns = 1024;     // multiplied at a time: narrow, so that many rows share a packed panel
+constexpr int64_t kLogitColumns = 1024;  // multiplied at a time: narrow, so that many rows share a packed panel
+constexpr int64_t kTokensPerTask = 64;
 constexpr int64_t kGradientColumns = 4096;  // at a time: deep, so that the sums are seldom loaded and stored
 
 // Calls f(first, count) for parts of [0, size).
@@ -67,15 +67,12 @@ struct Logits {
             static_cast<T>(logit_cap),
             targets.const_data_ptr<int64_t>()};
   }
-  // `finish` gets the finished rows of such values.
-  template <class T, class F>
-  void multiply(int64_t column, int64_t columns, F&& finish) const {
+  // Such values of columns [column, column + columns).
+  Product product(int64_t column, int64_t columns) const {
     const bool packed = embedding.dim() == 3;
     const Operand b = packed ? outer_columns(embedding.narrow(0, column / kStripColumns, columns / kStripColumns))
                              : outer_rows(embedding.narrow(0, column, columns));
-    run_products<T>(
-        {{.a = outer_rows(hidden), .b = b, .c = {}, .m = num_tokens(), .n = columns, .k = hidden.size(1)}}, precision(),
-        [&](int64_t, int64_t row, int64_t rows, T* values, int64_t stride) { finish(row, rows, values, stride); });
+    return {.a = outer_rows(hidden), .b = b, .c = {}, .m = num_tokens(), .n = columns, .k = hidden.size(1)};
   }
 };
 
@@ -91,10 +88,10 @@ void check_targets(const Tensor& targets, int64_t vocabulary) {
 struct Statistics {
   Tensor lse, target_logit, logit_sum;
 
-  static Statistics empty(const Tensor& hidden) {
+  static Statistics zeros(const Tensor& hidden) {
     const auto options = hidden.options().dtype(accumulation_dtype(hidden.scalar_type()));
-    const auto zeros = [&] { return at::zeros({hidden.size(0)}, options); };
-    return {at::full({hidden.size(0)}, -std::numeric_limits<double>::infinity(), options), zeros(), zeros()};
+    const auto tokens = [&] { return at::zeros({hidden.size(0)}, options); };
+    return {tokens(), tokens(), tokens()};
   }
   Statistics tokens(int64_t first, int64_t count) const {
     const auto part = [&](const Tensor& x) { return x.narrow(0, first, count); };
@@ -102,25 +99,41 @@ struct Statistics {
   }
 };
 
-// Fills empty statistics and, if it is not null, keep[tokens][columns] with the products.
+// Fills the statistics and, if it is not null, keep[tokens][columns] with the products. Blocks of columns are reduced on
+// their own, whichever thread multiplies them, and their results are put together in order.
 template <class T>
 void reduce(const Logits& logits, const Statistics& statistics, T* keep) {
-  T *const lse = statistics.lse.mutable_data_ptr<T>(), *const target = statistics.target_logit.mutable_data_ptr<T>();
-  T* const sum = statistics.logit_sum.mutable_data_ptr<T>();
-  std::vector<T> exp_sum(static_cast<size_t>(logits.num_tokens()));
+  const int64_t num_tokens = logits.num_tokens();
+  T* const target = statistics.target_logit.mutable_data_ptr<T>();
+  std::vector<Product> products;
+  for_each_part(logits.columns(), kLogitColumns,
+                [&](int64_t column, int64_t columns) { products.push_back(logits.product(column, columns)); });
+  const auto num_blocks = static_cast<int64_t>(products.size());
+  std::vector<T> maximum(num_blocks * num_tokens), exp_sum(maximum.size()), logit_sum(maximum.size());
   const auto store = gemm_functions<T>(logits.precision()).store;
   const Output kept{.data = keep,
                     .type = sizeof(T) == sizeof(double) ? Type::f64 : Type::f32,
                     .row_stride = logits.columns(),
                     .stream = true};
-  for_each_part(logits.columns(), kLogitColumns, [&](int64_t column, int64_t columns) {
-    logits.multiply<T>(column, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
-      if (keep) store(values, stride, rows, columns, kept, row, column);
-      loss_functions<T>().accumulate(logits.block(values, stride, row, rows, column, columns), lse, exp_sum.data(), sum,
-                                     target);
-    });
+  run_products<T>(
+      products, logits.precision(), [&](int64_t block, int64_t row, int64_t rows, T* values, int64_t stride) {
+        const int64_t column = block * kLogitColumns, columns = products[block].n, first = block * num_tokens;
+        if (keep) store(values, stride, rows, columns, kept, row, column);
+        loss_functions<T>().reduce(logits.block(values, stride, row, rows, column, columns), maximum.data() + first,
+                                   exp_sum.data() + first, logit_sum.data() + first, target);
+      });
+  at::parallel_for(0, num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      T largest = maximum[t], sum = 0, exps = 0;
+      for (int64_t i = t; i < num_blocks * num_tokens; i += num_tokens) largest = std::max(largest, maximum[i]);
+      for (int64_t i = t; i < num_blocks * num_tokens; i += num_tokens) {
+        exps += exp_sum[i] * std::exp(maximum[i] - largest);
+        sum += logit_sum[i];
+      }
+      statistics.lse.mutable_data_ptr<T>()[t] = largest + std::log(exps);
+      statistics.logit_sum.mutable_data_ptr<T>()[t] = sum;
+    }
   });
-  for (int64_t t = 0; t < logits.num_tokens(); ++t) lse[t] += std::log(exp_sum[t]);  // it was the maximum
 }
 
 // d loss_sum / d logit = softmax * p - uniform, less `target` where the target is; times d logit / d product.
@@ -175,10 +188,12 @@ void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& fact
         differentiate(begin, end - begin, kept + begin * logits.columns() + first, logits.columns(), first, count, 0);
       });
     } else {
-      for_each_part(count, kLogitColumns, [&](int64_t offset, int64_t columns) {
-        logits.multiply<T>(first + offset, columns, [&](int64_t row, int64_t rows, T* values, int64_t stride) {
-          differentiate(row, rows, values, stride, first + offset, columns, offset);
-        });
+      std::vector<Product> again;
+      for_each_part(count, kLogitColumns,
+                    [&](int64_t offset, int64_t columns) { again.push_back(logits.product(first + offset, columns)); });
+      run_products<T>(again, precision, [&](int64_t block, int64_t row, int64_t rows, T* values, int64_t stride) {
+        const int64_t offset = block * kLogitColumns;
+        differentiate(row, rows, values, stride, first + offset, again[block].n, offset);
       });
     }
     const Tensor grad_logits = buffer.narrow(1, 0, count);
@@ -213,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> vocabulary_statistics(const Tensor& hidden, c
                                                          int64_t vocab_start, int64_t vocabulary) {
   const Logits logits(hidden, embedding, targets, scale, logit_cap, vocab_start);
   check_targets(logits.targets, vocabulary);
-  const Statistics statistics = Statistics::empty(hidden);
+  const Statistics statistics = Statistics::zeros(hidden);
   dispatch_accumulation(hidden.scalar_type(), [&](auto zero) { reduce<decltype(zero)>(logits, statistics, nullptr); });
   return {statistics.lse, statistics.target_logit, statistics.logit_sum};
 }
@@ -256,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& 
   const int64_t num_tokens = hidden.size(0), vocabulary = embedding.size(0);
   check_targets(logits.targets, vocabulary);
   const OptionalTensor weights = weights_ ? OptionalTensor(weights_->contiguous()) : std::nullopt;
-  const Statistics statistics = Statistics::empty(hidden);
+  const Statistics statistics = Statistics::zeros(hidden);
   const auto options = statistics.lse.options();
   const Tensor grad_hidden = at::zeros(needs_hidden ? hidden.sizes() : at::IntArrayRef({0}), options);
   const Tensor grad_embedding = dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {

@@ -19,8 +19,8 @@ bool is_table(std::string_view name) { return name == "embedding.weight" || name
 }  // namespace
 
 void check_can_be_prepared(const GLaMConfig& config, torch::ScalarType dtype) {
-  TORCH_CHECK(dtype == torch::kBFloat16 || dtype == torch::kChar, kName, ": expected dtype to be bfloat16 or int8, got ",
-              dtype);
+  TORCH_CHECK(dtype == torch::kBFloat16 || dtype == torch::kChar, kName,
+              ": expected dtype to be bfloat16 or int8, got ", dtype);
   const std::pair<const char*, int64_t> widths[] = {{"model_dim", config.model_dim},
                                                     {"hidden_dim", config.hidden_dim},
                                                     {"num_heads * head_dim", config.num_heads * config.head_dim}};
@@ -44,19 +44,18 @@ void replace(Tensor parameter, const Tensor& values) {
   parameter.set_data(values);
 }
 
-bool GLaMImpl::is_prepared() const {
-  return layers_->ptr<BlockImpl>(0)->attention->q.dim() == 3;
-}
+bool GLaMImpl::is_prepared() const { return layers_->ptr<BlockImpl>(0)->attention->q.dim() == 3; }
 
 void GLaMImpl::prepare_for_inference(torch::ScalarType dtype) {
   check_can_be_prepared(config_, dtype);
   TORCH_CHECK(!is_prepared(), kName, ": expected plain weights, got a model that is prepared already");
-  TORCH_CHECK(parallel_.group.empty(), kName, ": expected a model that holds all experts, got one of an expert-parallel "
+  TORCH_CHECK(parallel_.group.empty(), kName,
+              ": expected a model that holds all experts, got one of an expert-parallel "
               "group; load its checkpoint in one process");
   const Tensor& table = embedding_->weight;
-  TORCH_CHECK(table.device().is_cpu() && (table.scalar_type() == torch::kFloat || table.scalar_type() == torch::kBFloat16),
-              kName, ": expected Float or BFloat16 parameters on the CPU, got ", table.scalar_type(), " on ",
-              table.device());
+  TORCH_CHECK(
+      table.device().is_cpu() && (table.scalar_type() == torch::kFloat || table.scalar_type() == torch::kBFloat16),
+      kName, ": expected Float or BFloat16 parameters on the CPU, got ", table.scalar_type(), " on ", table.device());
   const torch::NoGradGuard no_grad;
   for (const auto& item : named_parameters()) replace(item.value(), prepared(item.key(), item.value().detach(), dtype));
   eval();

@@ -33,7 +33,8 @@ void packed::check_weight(const char* op, const char* name, const Tensor& weight
   const bool is_int8 = weight.scalar_type() == at::kChar;
   TORCH_CHECK(is_int8 || weight.scalar_type() == at::kBFloat16, op, ": expected ", name, " to be ", letters,
               ", or BFloat16 or Char as pack_weight makes it, got ", weight.scalar_type(), " ", weight.sym_sizes());
-  TORCH_CHECK(x.scalar_type() != at::kDouble, op, ": expected a packed ", name, " with float32 or bfloat16, got Double");
+  TORCH_CHECK(x.scalar_type() != at::kDouble, op, ": expected a packed ", name,
+              " with float32 or bfloat16, got Double");
   TORCH_SYM_CHECK(weight.sym_size(-1).sym_eq(is_int8 ? kStripColumns : 2 * kStripColumns), op, ": expected ", name,
                   " as pack_weight makes it, got ", weight.sym_sizes());
   TORCH_CHECK(weight.is_contiguous(), op, ": expected a packed ", name, " to be contiguous, got strides ",
@@ -50,9 +51,10 @@ void packed::check_weight(const char* op, const char* name, const Tensor& weight
 void packed::refuse_gradients(const char* op, at::TensorList tensors) {
   if (!at::GradMode::is_enabled()) return;
   for (const Tensor& tensor : tensors) {
-    TORCH_CHECK(!tensor.defined() || !tensor.requires_grad(), op,
-                ": expected no gradient to be wanted with packed weights, which are for inference, got an argument that "
-                "requires one; call it under torch.no_grad()");
+    TORCH_CHECK(
+        !tensor.defined() || !tensor.requires_grad(), op,
+        ": expected no gradient to be wanted with packed weights, which are for inference, got an argument that "
+        "requires one; call it under torch.no_grad()");
   }
 }
 

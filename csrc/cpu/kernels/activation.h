@@ -27,7 +27,7 @@ inline T gelu_derivative(T z) {
 
 // In place: values <- act(values), or gelu(gates) * values for geglu.
 template <class T>
-inline void activate(Transform transform, int64_t count, T* values, const T* gates) {
+inline void activate_vectors(Transform transform, int64_t count, T* values, const T* gates) {
   if (transform == Transform::relu) {
     for (int64_t i = 0; i < count; ++i) values[i] = values[i] < T(0) ? T(0) : values[i];  // a NaN stays
   } else if (transform == Transform::gelu) {
@@ -35,6 +35,19 @@ inline void activate(Transform transform, int64_t count, T* values, const T* gat
   } else if (transform == Transform::geglu) {
     for (int64_t i = 0; i < count; ++i) values[i] = gelu(gates[i]) * values[i];
   }
+}
+// The remainder costs one vector: blocks of a product are short, and GELU element by element is slow.
+template <class T>
+inline void activate(Transform transform, int64_t count, T* values, const T* gates) {
+  constexpr int64_t lanes = VectorOf<T>::lanes;
+  const int64_t whole = count / lanes * lanes, left = count - whole;
+  activate_vectors(transform, whole, values, gates);
+  if (left == 0) return;
+  T last[lanes] = {}, last_gates[lanes] = {};
+  for (int64_t i = 0; i < left; ++i) last[i] = values[whole + i];
+  for (int64_t i = 0; gates && i < left; ++i) last_gates[i] = gates[whole + i];
+  activate_vectors(transform, lanes, last, last_gates);
+  for (int64_t i = 0; i < left; ++i) values[whole + i] = last[i];
 }
 
 }  // namespace glam::cpu::GLAM_ISA

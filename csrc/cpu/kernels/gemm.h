@@ -129,8 +129,12 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
 #endif
   // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it.
   const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    const int64_t part = steps - step < kBlockSteps ? steps - step : kBlockSteps;
+  // k blocks of nearly one size: a short one would load and store its sums for little.
+  constexpr int64_t kUnit = 16;
+  const int64_t blocks = (steps + kBlockSteps - 1) / kBlockSteps;
+  const int64_t most = (steps + blocks * kUnit - 1) / (blocks * kUnit) * kUnit;
+  for (int64_t step = 0; step < steps; step += most) {
+    const int64_t part = steps - step < most ? steps - step : most;
     const int64_t share = part * kTileColumns<Sum> * static_cast<int64_t>(sizeof(Element)) / row_tiles + 1;
     for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
       const Element* const b = b_panels + j * steps + step * kTileColumns<Sum>;

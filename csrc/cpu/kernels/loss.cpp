@@ -18,28 +18,33 @@ T* to_logits(const LogitBlock<T>& block, int64_t i) {
 }
 
 template <class T>
-void accumulate(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit) {
+void reduce(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit) {
   for (int64_t i = 0; i < block.rows; ++i) {
     const int64_t token = block.row + i;
-    const T* const logits = to_logits(block, i);
+    // Without a cap the products stay as they are, and the scale is part of the exponent.
+    const bool capped = block.logit_cap > T(0);
+    const T* const logits = capped ? to_logits(block, i) : block.values + i * block.stride;
+    const T scale = capped ? T(1) : block.scale;
     T largest[kLanes];
-    for (int l = 0; l < kLanes; ++l) largest[l] = maximum[token];
+    for (int l = 0; l < kLanes; ++l) largest[l] = scale * logits[0];
     int64_t j = 0;
     for (; j + kLanes <= block.columns; j += kLanes) {
-      for (int l = 0; l < kLanes; ++l) largest[l] = logits[j + l] > largest[l] ? logits[j + l] : largest[l];
+      for (int l = 0; l < kLanes; ++l) {
+        const T logit = scale * logits[j + l];
+        largest[l] = logit > largest[l] ? logit : largest[l];
+      }
     }
-    for (; j < block.columns; ++j) largest[0] = logits[j] > largest[0] ? logits[j] : largest[0];
+    for (; j < block.columns; ++j) largest[0] = scale * logits[j] > largest[0] ? scale * logits[j] : largest[0];
     for (int l = 1; l < kLanes; ++l) largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
 
     LaneSums<T> exps, sums;
-    exps.add(block.columns, [&](int64_t c) { return exp(logits[c] - largest[0]); });
+    exps.add(block.columns, [&](int64_t c) { return exp(multiply_add(logits[c], scale, -largest[0])); });
     sums.add(block.columns, [&](int64_t c) { return logits[c]; });
-    // The first block has maximum = -inf and exp_sum = 0: exp(-inf) = 0 leaves nothing of them.
-    exp_sum[token] = exp_sum[token] * exp(maximum[token] - largest[0]) + exps.total();
     maximum[token] = largest[0];
-    logit_sum[token] += sums.total();
+    exp_sum[token] = exps.total();
+    logit_sum[token] = scale * sums.total();
     const int64_t target = block.targets[token] - block.column;
-    if (target >= 0 && target < block.columns) target_logit[token] = logits[target];
+    if (target >= 0 && target < block.columns) target_logit[token] = scale * logits[target];
   }
 }
 
@@ -75,8 +80,8 @@ void differentiate(const LogitBlock<T>& block, const T* lse, const T* row_softma
 }  // namespace
 
 extern const LossTable loss_table = {
-    {&accumulate<float>, &differentiate<float>},
-    {&accumulate<double>, &differentiate<double>},
+    {&reduce<float>, &differentiate<float>},
+    {&reduce<double>, &differentiate<double>},
 };
 
 }  // namespace glam::cpu::GLAM_ISA

@@ -22,9 +22,9 @@ struct LogitBlock {
 
 template <class T>
 struct LossFunctions {
-  // Adds the block to the running maximum, sum of exp(logit - maximum) and sum of logits of its rows, each [T], and
-  // notes the target's logit if it lies in the block.
-  void (*accumulate)(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit);
+  // Of the block's rows: the maximum, sum of exp(logit - maximum) and sum of the block's logits, each [T]; and the
+  // target's logit if it lies in the block.
+  void (*reduce)(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit);
   // values <- d loss / d (the product), given d loss / d nll-like factors per token:
   //   row_softmax[t] * exp(logit - lse[t]) - row_target[t] [v = target] - row_uniform[t].
   void (*differentiate)(const LogitBlock<T>& block, const T* lse, const T* row_softmax, const T* row_target,
