@@ -78,11 +78,11 @@ template <class T>
 void attend(const Heads<T>& heads, const int32_t* positions, const Tensor& out, T* lse_BHN) {
   const int64_t B = out.size(0), N = out.size(1), H = out.size(2), A = out.size(3);
   if (out.numel() == 0) return;
-  const auto& functions = attention_functions<T>();
+  const Type type = type_of(out);
+  const auto& functions = attention_functions<T>(type);
   const int64_t blocks = (N + functions.queries_per_block - 1) / functions.queries_per_block;
   const int64_t runs = std::clamp<int64_t>(kTasksPerThread * at::get_num_threads() / (B * H), 1, blocks);
   const int64_t run_length = (blocks + runs - 1) / runs * functions.queries_per_block;
-  const Type type = type_of(out);
   void* const out_data = out.mutable_data_ptr();
   // The longest runs come first in their thread's share; heads of one sequence are neighbours in memory.
   at::parallel_for(0, B * H * runs, 1, [&](int64_t task_begin, int64_t task_end) {
@@ -102,7 +102,7 @@ void attend(const Heads<T>& heads, const int32_t* positions, const Tensor& out, 
       const int64_t position = positions ? positions[b] : 0;
       functions.forward(heads.at(b, h, position), begin, end, out_rows, H * A,
                         lse_BHN ? lse_BHN + (b * H + h) * N + begin : nullptr,
-                        scratch.get<T>(functions.forward_scratch(position + end, A)));
+                        scratch.get<char>(functions.forward_scratch(position + end, A)));
     }
   });
 }
@@ -150,12 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
   Tensor grad_bias;
   dispatch_accumulation(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto& functions = attention_functions<T>();
+    const Type type = type_of(q);
+    const auto& functions = attention_functions<T>(type);
     const BiasLines<T> lines(bias, S);
     const Heads<T> heads{with_rows(q), with_rows(k), with_rows(v), contiguous(segment_ids),
                          lines,        extra_logit,  logit_cap};
     std::vector<T> grad_lines(static_cast<size_t>(B * H * lines.stride));
-    const Type type = type_of(q);
     at::parallel_for(0, S == 0 || A == 0 ? 0 : B * H, 1, [&](int64_t begin, int64_t end) {
       static thread_local Scratch scratch;
       for (int64_t task = begin; task < end; ++task) {
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
             .grad_k = advance(grad_k.mutable_data_ptr(), type, start),
             .grad_v = advance(grad_v.mutable_data_ptr(), type, start),
             .grad_line = grad_lines.data() + task * lines.stride + kLinePadding};
-        functions.backward(heads.at(b, h, 0), S, gradients, scratch.get<T>(functions.backward_scratch(S, A)));
+        functions.backward(heads.at(b, h, 0), S, gradients, scratch.get<char>(functions.backward_scratch(S, A)));
       }
     });
     grad_bias = bias_gradient(grad_lines, lines.stride, B, H, S, bias);

@@ -2,7 +2,8 @@
 //
 // q, k, v [B, S, H, A] give o [B, S, H, A] in their dtype; no 1/sqrt(A) (it belongs to the initialisation).
 //   logit[i, j] = <q[i], k[j]> + bias[h, bucket(i - j)], then logit_cap * tanh(logit / logit_cap) if logit_cap > 0
-//   p[i, j] = exp(logit[i, j]) / (extra_logit + sum over the j that i may see of exp(logit[i, j])), rounded to q's dtype
+//   p[i, j] = exp(logit[i, j]) / (extra_logit + sum over the j that i may see of exp(logit[i, j])); for bfloat16 the
+//   numerators are rounded to it where they meet v
 // Position i sees j <= i of the same segment; segment 0 is padding: it sees nothing, is not seen, its o is 0.
 // Saved for the backward: q, k, v, bias, segment_ids and the log of each denominator [B, H, S]; never [S, S].
 // Source: praxis attentions.py (relative bias, attention_extra_logit = 0), as the public GLaM builder sets it.

@@ -1,7 +1,10 @@
 // Causal attention of one (sequence, head), forward and backward, over blocks of queries.
 //
 // A block keeps its scores transposed, [keys][queries], in the caller's scratch: everything is vectorised across queries
-// while keys are walked one after the other, and the scores are at once a packed panel for the product with v.
+// while keys are walked one after the other, and the scores are at once a packed panel for the product with v. The forward
+// pass reads them twice, the backward pass makes them again, a few keys at a time, from the saved log of the sum.
+// bfloat16 rows are multiplied in bfloat16: probabilities, before they are divided by their sum, and the scores' gradients
+// are rounded to it.
 // A query's bits depend on its own row and the keys it attends to: masked keys add exactly nothing, wherever they are.
 #pragma once
 
@@ -46,20 +49,26 @@ struct AttentionFunctions {
   // Query rows [begin, end): out rows of A elements out_stride apart, in q's type, and their log of the sum of exp
   // (infinity where nothing is attended to) if lse is not null. out and lse start at row `begin`.
   void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t end, void* out, int64_t out_stride, T* lse,
-                  T* scratch);
+                  char* scratch);
   // All queries [0, S), query_position 0.
-  void (*backward)(const AttentionHead<T>& head, int64_t S, const AttentionGradients<T>& gradients, T* scratch);
-  // Elements of scratch for num_keys keys.
+  void (*backward)(const AttentionHead<T>& head, int64_t S, const AttentionGradients<T>& gradients, char* scratch);
+  // Bytes of scratch for num_keys keys.
   int64_t (*forward_scratch)(int64_t num_keys, int64_t A);
   int64_t (*backward_scratch)(int64_t num_keys, int64_t A);
   int64_t queries_per_block;
 };
 
 using AttentionTable = TypedTable<AttentionFunctions>;
+using Bf16AttentionTable = AttentionFunctions<float>;
 GLAM_PER_ISA_TABLE(AttentionTable, attention_table)
+GLAM_PER_ISA_TABLE_WITH_BF16(Bf16AttentionTable, bf16_attention_table)
 
+// For rows of `type`; T is its accumulation type.
 template <class T>
-const AttentionFunctions<T>& attention_functions() {
+const AttentionFunctions<T>& attention_functions(Type type) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (type == Type::bf16) return active_bf16_attention_table();
+  }
   return functions_for<T>(active_attention_table());
 }
 

@@ -1,0 +1,266 @@
+// Forward and backward passes of one head, made of the parts in attention_block.h. Format: what products are made in.
+#pragma once
+
+#include "cpu/kernels/attention_block.h"
+
+namespace glam::cpu::GLAM_ISA {
+
+// Up to this many queries, a block of kQueries columns would be mostly empty: see attend_one.
+inline constexpr int64_t kFewQueries = 4;
+
+template <class T, class Format>
+struct HeadKernels {
+  using Element = typename Format::Element;
+  static constexpr int64_t Q = kQueries<T>;
+
+  // What a forward pass works in. `keys` and `values` hold all keys.
+  struct Forward {
+    Element *keys, *values, *q_panel, *probabilities;
+    T *scores, *out, *row;
+
+    Forward(Carver& carve, int64_t num_keys, int64_t A) {
+      keys = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
+      values = carve.take<Element>(steps_of<Format>(num_keys) * A);
+      q_panel = carve.take<Element>(Format::steps(A) * Q);
+      probabilities = carve.take<Element>(steps_of<Format>(kKeys) * Q);
+      // One query has a row of scores for all keys, in whole panels.
+      scores = carve.take<T>((num_keys + Q) * Q);
+      out = carve.take<T>(A * Q);
+      row = carve.take<T>(A);
+    }
+  };
+
+  static int64_t forward_scratch(int64_t num_keys, int64_t A) {
+    Carver carve(nullptr);
+    Forward(carve, num_keys, A);
+    return carve.bytes();
+  }
+
+  // One query: scores in [keys], vectorised across keys except for the sum, whose order is the block's. The same bits, by
+  // the same chains of multiply-adds.
+  static void attend_one(const AttentionHead<T>& head, int64_t query, void* out, T* lse, char* scratch) {
+    const int64_t position = head.query_position + query, num_keys = position + 1, A = head.A;
+    Carver carve(scratch);
+    const Forward work(carve, num_keys, A);
+    T* const scores = work.scores;
+    pack_strips<Format, kMostRows>(rows_at(head.q, head.type, head.q_stride, query), 0, 1, A, work.keys);
+    const Operand keys = rows_at(head.k, head.type, head.k_stride, 0);
+    for (int64_t key = 0; key < num_keys; key += Q) {
+      const int64_t valid = num_keys - key < Q ? num_keys - key : Q;
+      pack_strips<Format, Q>(keys, key, key + valid, A, work.q_panel);
+      multiply_rows_tile<1, 1>(steps_of<Format>(A), work.keys, kMostRows, work.q_panel, scores + key, 0, true);
+    }
+    T largest = head.extra_logit ? T(0) : -infinity<T>;
+    for (int64_t key = 0; key < num_keys; ++key) {
+      scores[key] = finish_logit(head, scores[key] + head.line[position - key]);
+    }
+    if (head.segments) {
+      const int32_t own = head.segments[position];
+      for (int64_t key = 0; key < num_keys; ++key) {
+        scores[key] = head.segments[key] == own && own != 0 ? scores[key] : -infinity<T>;
+      }
+    }
+    for (int64_t key = 0; key < num_keys; ++key) largest = scores[key] > largest ? scores[key] : largest;
+    const T shift = largest == -infinity<T> ? T(0) : largest;
+    for (int64_t key = 0; key < num_keys; ++key) scores[key] = exp(scores[key] - shift);
+    T sum = head.extra_logit ? exp(-shift) : T(0);
+    for (int64_t key = 0; key < num_keys; ++key) sum += scores[key];
+    for (int64_t key = 0; key < num_keys; ++key) scores[key] = flush(scores[key]);
+    if (lse) *lse = log_of_sum(sum, shift);
+
+    add_values(head, scores, num_keys, work.row);
+    const T inverse = inverse_of_sum(sum);
+    for (int64_t a = 0; a < A; ++a) work.row[a] *= inverse;
+    store_values(work.row, A, out, head.type);
+  }
+
+  // row[a] = sum over the keys, in order, of scores[key] * v[key][a].
+  static void add_values(const AttentionHead<T>& head, const T* scores, int64_t num_keys, T* row) {
+    constexpr int64_t kColumns = kTileColumns<T>;
+    constexpr int lanes = VectorOf<T>::lanes, kVectors = kColumns / lanes;
+    using Vector = typename VectorOf<T>::type;
+    const Operand values = rows_at(head.v, head.type, head.v_stride, 0, true);
+    const int64_t steps = steps_of<Format>(num_keys);
+    const auto score = [&](int64_t key) { return key < num_keys ? scores[key] : T(0); };
+    for (int64_t column = 0; column < head.A; column += kColumns) {
+      const int64_t part = head.A - column < kColumns ? head.A - column : kColumns;
+      Vector sum[kVectors] = {};
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t k = Format::first_k(step);
+        T halves[2][kColumns] = {};
+        const T pair[2] = {score(k), Format::kDepth == 2 ? score(k + 1) : T(0)};
+        for (int half = 0; half < Format::kDepth; ++half) {
+          if (k + half < num_keys) load_row(values, k + half, column, part, halves[half]);
+        }
+        Element right[kColumns], left;
+        store_step<kColumns>(Format(), halves[0], halves[1], right);
+        store_step<1>(Format(), pair, pair + 1, &left);
+        for (int v = 0; v < kVectors; ++v) {
+          accumulate(left, *reinterpret_cast<const typename VectorOf<Element>::type*>(right + v * lanes), sum[v]);
+        }
+      }
+      std::memcpy(row + column, sum, static_cast<size_t>(part) * sizeof(T));
+    }
+  }
+
+  static void forward(const AttentionHead<T>& head, int64_t begin, int64_t end, void* out, int64_t out_stride, T* lse,
+                      char* scratch) {
+    const int64_t A = head.A;
+    if (end - begin <= kFewQueries) {
+      for (int64_t query = begin; query < end; ++query) {
+        const int64_t row = query - begin;
+        attend_one(head, query, advance(out, head.type, row * out_stride), lse ? lse + row : nullptr, scratch);
+      }
+      return;
+    }
+    const int64_t num_keys = head.query_position + end, steps = steps_of<Format>(A), depth = Format::steps(A);
+    Carver carve(scratch);
+    const Forward work(carve, num_keys, A);
+    pack_strips<Format, kMostRows>(rows_at(head.k, head.type, head.k_stride, 0), 0, num_keys, A, work.keys);
+    load_columns<Format>(rows_at(head.v, head.type, head.v_stride, 0, true), A, num_keys, work.values);
+
+    for (int64_t query = begin; query < end; query += Q) {
+      const Block<T> block = make_block(head, query, end);
+      pack_strips<Format, Q>(rows_at(head.q, head.type, head.q_stride, query), 0, block.valid, A, work.q_panel);
+      T shift[Q], sum[Q];
+      for (int64_t q = 0; q < Q; ++q) shift[q] = head.extra_logit ? T(0) : -infinity<T>;
+      for_keys(block, [&](int64_t first, int64_t count) {
+        T* const scores = work.scores + (first - block.key_begin) * Q;
+        multiply_strips(count, steps, work.keys + first * depth, kMostRows * depth, work.q_panel, scores, Q);
+        finish_scores(head, block, first, count, scores, [&](const T* row, int64_t) {
+          for (int64_t q = 0; q < Q; ++q) shift[q] = row[q] > shift[q] ? row[q] : shift[q];
+        });
+      });
+      for (int64_t q = 0; q < Q; ++q) shift[q] = shift[q] == -infinity<T> ? T(0) : shift[q];
+      // The extra logit 0 comes first.
+      for (int64_t q = 0; q < Q; ++q) sum[q] = head.extra_logit ? exp(-shift[q]) : T(0);
+      for (int64_t i = 0; i < A * Q; ++i) work.out[i] = T(0);
+      for_keys(block, [&](int64_t first, int64_t count) {
+        T* const scores = work.scores + (first - block.key_begin) * Q;
+        for (int64_t i = 0; i < count; ++i) {
+          T* const row = scores + i * Q;
+          for (int64_t q = 0; q < Q; ++q) row[q] = exp(row[q] - shift[q]);
+          for (int64_t q = 0; q < Q; ++q) sum[q] += row[q];
+          for (int64_t q = 0; q < Q; ++q) row[q] = flush(row[q]);
+        }
+        const Element* const panel = panel_of_scores(Format(), scores, count, work.probabilities);
+        multiply_rows<1>(A, steps_of<Format>(count), work.values + first / Format::kDepth * A, A, panel, work.out, Q,
+                         false);
+      });
+      for (int64_t i = 0; lse && i < block.valid; ++i) lse[query - begin + i] = log_of_sum(sum[i], shift[i]);
+      for (int64_t q = 0; q < Q; ++q) sum[q] = inverse_of_sum(sum[q]);
+      store_transposed(work.out, block.valid, A, sum, work.row, advance(out, head.type, (query - begin) * out_stride),
+                       head.type, out_stride);
+    }
+  }
+
+  struct Backward {
+    Element *keys, *values, *key_columns, *q_panel, *grad_panel, *q_rows, *grad_rows, *left, *right;
+    T *grad_k, *grad_v, *scores, *grad_scores, *slopes, *grad_q, *row;
+    int64_t wide;  // A in whole panels
+
+    Backward(Carver& carve, int64_t num_keys, int64_t A) : wide(padded_columns<T>(A)) {
+      keys = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
+      values = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
+      key_columns = carve.take<Element>(steps_of<Format>(num_keys) * A);
+      q_panel = carve.take<Element>(Format::steps(A) * Q);
+      grad_panel = carve.take<Element>(Format::steps(A) * Q);
+      q_rows = carve.take<Element>(Format::steps(Q) * wide);
+      grad_rows = carve.take<Element>(Format::steps(Q) * wide);
+      left = carve.take<Element>(kKeys * Q);
+      right = carve.take<Element>(steps_of<Format>(kKeys) * Q);
+      grad_k = carve.take<T>(num_keys * wide);
+      grad_v = carve.take<T>(num_keys * wide);
+      scores = carve.take<T>(num_keys * Q);
+      grad_scores = carve.take<T>(num_keys * Q);
+      slopes = carve.take<T>(num_keys * Q);
+      grad_q = carve.take<T>(A * Q);
+      row = carve.take<T>(A);
+    }
+  };
+
+  static int64_t backward_scratch(int64_t num_keys, int64_t A) {
+    Carver carve(nullptr);
+    Backward(carve, num_keys, A);
+    return carve.bytes();
+  }
+
+  // c[key][a] += sum over the queries, in order, of left[key][query] * rows[query][a].
+  static void add_over_queries(int64_t keys, int64_t queries, int64_t A, const Element* left, const Element* rows, T* c,
+                               int64_t stride) {
+    for (int64_t a = 0; a < A; a += kTileColumns<T>) {
+      multiply_rows<Q / Format::kDepth>(keys, steps_of<Format>(queries), left, 1, rows + a * Format::steps(queries),
+                                        c + a, stride, false);
+    }
+  }
+
+  // Query blocks in order, so that every sum over queries runs in their order.
+  static void backward(const AttentionHead<T>& head, int64_t S, const AttentionGradients<T>& gradients, char* scratch) {
+    const int64_t A = head.A, steps = steps_of<Format>(A), depth = Format::steps(A);
+    const Type type = head.type;
+    Carver carve(scratch);
+    const Backward work(carve, S, A);
+    pack_strips<Format, kMostRows>(rows_at(head.k, type, head.k_stride, 0), 0, S, A, work.keys);
+    pack_strips<Format, kMostRows>(rows_at(head.v, type, head.v_stride, 0), 0, S, A, work.values);
+    load_columns<Format>(rows_at(head.k, type, head.k_stride, 0, true), A, S, work.key_columns);
+    for (int64_t i = 0; i < S * work.wide; ++i) work.grad_k[i] = work.grad_v[i] = T(0);
+    T ones[Q];
+    for (T& one : ones) one = T(1);
+
+    for (int64_t query = 0; query < S; query += Q) {
+      const Block<T> block = make_block(head, query, S);
+      const auto q_at = [&](bool rows_are_k) { return rows_at(head.q, type, head.q_stride, query, rows_are_k); };
+      const auto grad_at = [&](bool rows_are_k) {
+        return rows_at(gradients.grad_out, type, gradients.grad_out_stride, query, rows_are_k);
+      };
+      pack_strips<Format, Q>(q_at(false), 0, block.valid, A, work.q_panel);
+      pack_strips<Format, Q>(grad_at(false), 0, block.valid, A, work.grad_panel);
+      // The same rows as the k of products with scores.
+      pack_strips<Format, Q>(q_at(true), 0, A, block.valid, work.q_rows);
+      pack_strips<Format, Q>(grad_at(true), 0, A, block.valid, work.grad_rows);
+      T shift[Q], delta[Q] = {};
+      for (int64_t q = 0; q < Q; ++q) shift[q] = q < block.valid ? gradients.lse[query + q] : infinity<T>;
+      // Not <out, grad_out>: out is rounded.
+      for_keys(block, [&](int64_t first, int64_t count) {
+        T* const scores = work.scores + first * Q;
+        T* const grad_scores = work.grad_scores + first * Q;
+        const int64_t strip = kMostRows * depth;
+        multiply_strips(count, steps, work.keys + first * depth, strip, work.q_panel, scores, Q);
+        multiply_strips(count, steps, work.values + first * depth, strip, work.grad_panel, grad_scores, Q);
+        finish_scores(head, block, first, count, scores, [&](T* row, int64_t i) {
+          reduce_scores(head, shift, grad_scores + i * Q, row, work.slopes + (first + i) * Q, delta);
+        });
+      });
+      for (int64_t i = 0; i < A * Q; ++i) work.grad_q[i] = T(0);
+      for_keys(block, [&](int64_t first, int64_t count) {
+        const T* const scores = work.scores + first * Q;
+        T* const grads = work.grad_scores + first * Q;
+        for (int64_t i = 0; i < count; ++i) {
+          differentiate_scores(head, delta, scores + i * Q, work.slopes + (first + i) * Q, grads + i * Q,
+                               gradients.grad_line + (block.position - first - i));
+        }
+        const Element* const panel = panel_of_scores(Format(), grads, count, work.right);
+        multiply_rows<1>(A, steps_of<Format>(count), work.key_columns + first / Format::kDepth * A, A, panel,
+                         work.grad_q, Q, false);
+        const Element* const grad_scores = rows_of_scores(Format(), grads, count, work.left);
+        add_over_queries(count, block.valid, A, grad_scores, work.q_rows, work.grad_k + first * work.wide, work.wide);
+        const Element* const probabilities = rows_of_scores(Format(), scores, count, work.left);
+        add_over_queries(count, block.valid, A, probabilities, work.grad_rows, work.grad_v + first * work.wide,
+                         work.wide);
+      });
+      store_transposed(work.grad_q, block.valid, A, ones, work.row,
+                       advance(gradients.grad_q, type, query * gradients.out_stride), type, gradients.out_stride);
+    }
+    for (int64_t key = 0; key < S; ++key) {
+      const int64_t to = key * gradients.out_stride;
+      store_values(work.grad_k + key * work.wide, A, advance(gradients.grad_k, type, to), type);
+      store_values(work.grad_v + key * work.wide, A, advance(gradients.grad_v, type, to), type);
+    }
+  }
+
+  static constexpr AttentionFunctions<T> functions() {
+    return {&forward, &backward, &forward_scratch, &backward_scratch, Q};
+  }
+};
+
+}  // namespace glam::cpu::GLAM_ISA
