@@ -52,11 +52,11 @@ def test_bfloat16_has_the_bits_of_the_model(variant: str) -> None:
     assert_same_bits(outputs(prepared), outputs(plain), variant)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_int8_is_the_model_of_the_weights_that_it_holds(variant: str, compute: str) -> None:
-    _, prepared = plain_and_prepared(variant, "int8", compute_dtype=compute)
-    held = build(config_of(variant, compute_dtype=compute)).eval()
+def test_int8_is_the_model_of_the_weights_that_it_holds(variant: str) -> None:
+    """In float32: in bfloat16 a token near a tie could go to another expert."""
+    _, prepared = plain_and_prepared(variant, "int8", compute_dtype="float32")
+    held = build(config_of(variant)).eval()
     with torch.no_grad():
         for name, parameter in held.named_parameters():
             value = prepared.get_parameter(name)
@@ -68,7 +68,7 @@ def test_int8_is_the_model_of_the_weights_that_it_holds(variant: str, compute: s
     with torch.no_grad():
         want = held(batch["tokens"], batch["segment_ids"])
         got = prepared(batch["tokens"], batch["segment_ids"])
-    assert_close(got, want, 1e-4 if compute == "float32" else 6e-2, variant)
+    assert_close(got, want, 1e-4, variant)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -190,20 +190,4 @@ inline void store_block(const T* values, int64_t stride, int64_t rows, int64_t c
   if (output.stream) finish_streaming();
 }
 
-// Elements of scratch that serial_product needs beside C.
-template <class T>
-inline int64_t serial_product_scratch(int64_t rows, int64_t columns, int64_t depth) {
-  return (padded_rows<T>(rows) + padded_columns<T>(columns)) * depth;
-}
-
-// C = A B in one thread, for small products inside a larger kernel. c holds padded_rows x padded_columns elements.
-template <class T>
-inline void serial_product(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth, T* c,
-                           int64_t c_stride, T* scratch) {
-  T* const b_panels = scratch + padded_rows<T>(rows) * depth;
-  pack_strips<FullPrecision<T>, kTileRows>(a, 0, rows, depth, scratch);
-  pack_strips<FullPrecision<T>, kTileColumns<T>>(b, 0, columns, depth, b_panels);
-  multiply_panels(rows, columns, depth, scratch, b_panels, c, c_stride);
-}
-
 }  // namespace glam::cpu::GLAM_ISA
