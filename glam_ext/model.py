@@ -22,6 +22,9 @@ from glam_ext import _C
 from glam_ext.config import GLaMConfig
 from glam_ext.counts import is_expert_weight
 
+INFERENCE_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+"""Of packed weights (`GLaM.prepare_for_inference`), by name."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ELSEWHERE = "change it in place, or use glam_ext.functional, which computes with whatever tensors it is given"
 
@@ -54,12 +57,10 @@ class _Node(nn.Module):
 
 
 def _inference_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    known = {"bfloat16": torch.bfloat16, "int8": torch.int8}
-    if dtype in known.values():
-        return dtype  # type: ignore[return-value]
-    if dtype not in known:
+    found = INFERENCE_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in INFERENCE_DTYPES.values():
         raise ValueError(f'glam::GLaM.prepare_for_inference: expected "bfloat16" or "int8", got {dtype!r}')
-    return known[str(dtype)]
+    return found
 
 
 def _size(node: nn.Module) -> int:
@@ -214,8 +215,8 @@ class GLaM(nn.Module):
         model with these weights rounded; int8 has one scale per output column (`glam_ext.ops.pack_weight`). Router,
         norms and biases stay. The parameters keep their names; none wants a gradient, the packed ones have the packed
         shapes. What is left is inference: forward, loss under any mode but without gradients, step, generation, export.
-        Raises ``RuntimeError``, and changes nothing, unless model_dim, hidden_dim and num_heads * head_dim are
-        multiples of 32, all experts are here, and the parameters are float32 or bfloat16 on the CPU.
+        Raises, and changes nothing: ``ValueError`` unless model_dim, hidden_dim and num_heads * head_dim are multiples
+        of 32, ``RuntimeError`` unless all experts are here and the parameters float32 or bfloat16 on the CPU.
         """
         self._check_intact()
         self._core.prepare_for_inference(_inference_dtype(dtype))

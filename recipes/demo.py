@@ -89,7 +89,12 @@ def demo(out: Path, overrides: Sequence[str]) -> int:
     with stages.stage("Held-out bits per byte"):
         text = captured(evaluate.main, [str(run), "--data", str(data / "heldout"), "--json"])
         model = json.loads(text)
-        results = {"this model": model["bits_per_byte"], **compare(TRAIN, HELDOUT, data)}
+        packed = captured(evaluate.main, [str(run), "--data", str(data / "heldout"), "--json", "--weights", "int8"])
+        ours = {
+            "this model": model["bits_per_byte"],
+            "this model with int8 weights": json.loads(packed)["bits_per_byte"],
+        }
+        results = {**ours, **compare(TRAIN, HELDOUT, data)}
         for name, bits in sorted(results.items(), key=lambda item: item[1]):
             print(f"{bits:8.3f}  {name}")
         rivals = [bits for name, bits in results.items() if name.startswith("xz")]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from glam_ext.checkpoint import CheckpointError, load_checkpoint
 from glam_ext.data import DataError, TokenFolder
 from glam_ext.evaluation.heldout import evaluate
-from glam_ext.model import GLaM
+from glam_ext.model import INFERENCE_DTYPES, GLaM
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="a token folder")
     parser.add_argument("--batch-size", type=int, default=16, metavar="ROWS", help="(default %(default)s)")
     parser.add_argument("--capacity-factor", type=float, help="slots per token; not causal (default: nothing dropped)")
+    parser.add_argument("--weights", choices=INFERENCE_DTYPES, help="pack them (default: float32, as they are)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(checkpoint.config, eval_capacity_factor=arguments.capacity_factor)
     model = GLaM(config)
     model.load_state_dict(checkpoint.model)
+    if arguments.weights:
+        model.prepare_for_inference(arguments.weights)
 
     # 2. The text, made with the same tokenizer.
     data = TokenFolder(arguments.data)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from glam_ext.checkpoint import CheckpointError, find_checkpoint, load_trainer
 from glam_ext.data import DataError, Tokenizer
 from glam_ext.export import export_torchscript
-from glam_ext.model import GLaM
+from glam_ext.model import INFERENCE_DTYPES, GLaM
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -23,13 +23,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a checkpoint folder or a run folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="the archive to write")
     parser.add_argument("--tokenizer", metavar="FILE.model", help="the model's tokenizer, to go into the archive")
+    parser.add_argument("--weights", choices=INFERENCE_DTYPES, help="pack them (default: float32, as they are)")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
     # 1. The model.
     folder = find_checkpoint(arguments.checkpoint)
-    model = GLaM.from_checkpoint(folder.path, hashes=False)  # they have just been compared
+    # The hashes have just been compared.
+    model = GLaM.from_checkpoint(folder.path, hashes=False, inference=arguments.weights)
 
     # 2. Its tokenizer.
     tokenizer = None
@@ -40,7 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     # 3. The archive.
     file = export_torchscript(model, arguments.out, tokenizer)
     carried = "tokenizer inside" if tokenizer else "no tokenizer inside"
-    print(f"{folder.path} -> {file}: {file.stat().st_size:,} bytes, {carried}")
+    weights = arguments.weights or "float32"
+    print(f"{folder.path} -> {file}: {file.stat().st_size:,} bytes, {weights} weights, {carried}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

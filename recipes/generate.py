@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from glam_ext.checkpoint import CheckpointError, find_checkpoint, load_trainer
 from glam_ext.data import BOS, EOS, DataError, Tokenizer
 from glam_ext.generate import decode, generate
-from glam_ext.model import GLaM
+from glam_ext.model import INFERENCE_DTYPES, GLaM
 
 INCOMPLETE = "\ufffd"  # what the first bytes of a character show as
 
@@ -31,6 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; needs --tokenizer")
     prompt.add_argument("--tokens", type=token_list, metavar="5,6,7", help="the token ids to continue")
     parser.add_argument("--tokenizer", metavar="FILE.model", help="the model's tokenizer")
+    parser.add_argument("--weights", choices=INFERENCE_DTYPES, help="pack them (default: float32, as they are)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest, 0: all (default %(default)s)")
@@ -65,7 +66,8 @@ class TextPrinter:
 def run(arguments: argparse.Namespace) -> None:
     # 1. The model and its tokenizer.
     folder = find_checkpoint(arguments.checkpoint)
-    model = GLaM.from_checkpoint(folder.path, hashes=False)  # they have just been compared
+    # The hashes have just been compared.
+    model = GLaM.from_checkpoint(folder.path, hashes=False, inference=arguments.weights)
     tokenizer = None
     if arguments.tokenizer:
         tokenizer = Tokenizer.load(arguments.tokenizer)

@@ -19,14 +19,14 @@ bool is_table(std::string_view name) { return name == "embedding.weight" || name
 }  // namespace
 
 void check_can_be_prepared(const GLaMConfig& config, torch::ScalarType dtype) {
-  TORCH_CHECK(dtype == torch::kBFloat16 || dtype == torch::kChar, kName,
-              ": expected dtype to be bfloat16 or int8, got ", dtype);
+  TORCH_CHECK_VALUE(dtype == torch::kBFloat16 || dtype == torch::kChar, kName,
+                    ": expected dtype to be bfloat16 or int8, got ", dtype);
   const std::pair<const char*, int64_t> widths[] = {{"model_dim", config.model_dim},
                                                     {"hidden_dim", config.hidden_dim},
                                                     {"num_heads * head_dim", config.num_heads * config.head_dim}};
   for (const auto& [name, width] : widths) {
-    TORCH_CHECK(width % kStripColumns == 0, kName, ": expected ", name, " to be a multiple of ", kStripColumns,
-                ", got ", width, "; a model of such widths can run in bfloat16 by .to(torch::kBFloat16)");
+    TORCH_CHECK_VALUE(width % kStripColumns == 0, kName, ": expected ", name, " to be a multiple of ", kStripColumns,
+                      ", got ", width, "; a model of such widths can run in bfloat16 by .to(torch::kBFloat16)");
   }
 }
 

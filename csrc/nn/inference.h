@@ -7,7 +7,7 @@
 
 namespace glam::nn {
 
-// Throws c10::Error for a configuration whose weights cannot be packed, or a dtype other than BFloat16 and Char.
+// Throws c10::ValueError for a configuration whose weights cannot be packed, or a dtype other than BFloat16 and Char.
 void check_can_be_prepared(const GLaMConfig& config, torch::ScalarType dtype);
 
 // What takes the place of the plain parameter `name`; itself where it is no product's weight.

@@ -54,9 +54,10 @@ Model from_archive(const std::filesystem::path& file) {
           .tokenizer_facts = archive.extra_files["tokenizer.json"]};
 }
 
-Model from_folder(const std::filesystem::path& path) {
+Model from_folder(const std::filesystem::path& path, std::optional<torch::ScalarType> weights) {
   const auto folder = glam::open_checkpoint(path);
-  glam::nn::GLaM model = glam::load_model(folder.path, glam::Verify::kSizes);  // its hashes have just been compared
+  // Its hashes have just been compared.
+  glam::nn::GLaM model = glam::load_model(folder.path, glam::Verify::kSizes, weights);
   return {.config = model->config(),
           .generate =
               [model](const Tensor& prompts, const Tensor& lengths, const glam::GenerateOptions& options) mutable {
@@ -130,8 +131,8 @@ void run(const Options& options) {
   const torch::NoGradGuard no_grad;
 
   // 1. The model.
-  const Model model =
-      std::filesystem::is_directory(options.model) ? from_folder(options.model) : from_archive(options.model);
+  const Model model = std::filesystem::is_directory(options.model) ? from_folder(options.model, options.weights)
+                                                                   : from_archive(options.model);
 
   // 2. The prompts as token ids.
   auto rows = options.tokens;

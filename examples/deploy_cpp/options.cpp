@@ -28,6 +28,13 @@ std::vector<int64_t> parse_tokens(const std::string& option, const std::string& 
   return tokens;
 }
 
+std::optional<torch::ScalarType> parse_weights(const std::string& text) {
+  if (text == "float32") return std::nullopt;
+  if (text == "bfloat16") return torch::kBFloat16;
+  if (text == "int8") return torch::kChar;
+  throw std::invalid_argument("expected float32, bfloat16 or int8 after --weights, got \"" + text + "\"");
+}
+
 void check(const Options& options) {
   const auto require = [](bool holds, const char* expected) {
     if (!holds) throw std::invalid_argument(std::string("expected ") + expected + "; see --help");
@@ -72,6 +79,8 @@ Options parse_options(const std::vector<std::string>& arguments) {
       options.generate.seed = parse_number<int64_t>(option, value());
     } else if (option == "--logits") {
       options.logits = value();
+    } else if (option == "--weights") {
+      options.weights = parse_weights(value());
     } else if (option == "--threads") {
       options.threads = parse_number<int>(option, value());
     } else if (option.starts_with("-") || !options.model.empty()) {
@@ -96,6 +105,7 @@ Continues a prompt. MODEL is a TorchScript archive (glam export), a checkpoint f
   --max-new-tokens N    (128)          --temperature X   0: the likeliest token (1)
   --top-k K             0: all (0)     --top-p P         1: all (1)      --seed N   (0)
   --logits FILE         writes the logits after each row's last token: float32 [rows, vocabulary]
+  --weights W           of a folder's model: float32, or packed in bfloat16 or int8 (float32)
   --threads N           of one computation, 0: as torch decides (0)
 
 )";

@@ -14,6 +14,7 @@ struct Options {
   std::optional<std::string> prompt;
   std::vector<std::vector<int64_t>> tokens;  // one row each
   std::string logits;                        // a file to write; empty: none
+  std::optional<torch::ScalarType> weights;  // packed, for a folder; nullopt: as they are
   int threads = 0;                           // 0: as torch decides
   bool help = false;
   glam::GenerateOptions generate{.max_new_tokens = 128, .stop_tokens = {1}, .on_step = {}};

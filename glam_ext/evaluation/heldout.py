@@ -76,7 +76,8 @@ def evaluate(
         )
     mesh = mesh or Mesh()
     parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device = parameter.device
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)

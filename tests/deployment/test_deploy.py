@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glam_ext.generate import generate
+from glam_ext.model import GLaM
 from tests.deployment.conftest import Deployed
 from tests.examples import Program
 
@@ -42,6 +43,14 @@ def test_greedy(deployed: Deployed, deploy: Program) -> None:
     for source in (deployed.archive, deployed.checkpoint):
         result = deploy(source, *ROWS, "--max-new-tokens", "10", "--temperature", "0")
         assert result.stdout.splitlines() == [",".join(map(str, row)) for row in new]
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_packed_weights(deployed: Deployed, deploy: Program, weights: str) -> None:
+    model = GLaM.from_checkpoint(deployed.checkpoint, inference=weights)
+    new = generate(model, PROMPTS, 10, temperature=0.0)
+    result = deploy(deployed.checkpoint, *ROWS, "--max-new-tokens", "10", "--temperature", "0", "--weights", weights)
+    assert result.stdout.splitlines() == [",".join(map(str, row)) for row in new], result.stderr
 
 
 def test_no_python_is_loaded(deployed: Deployed, deploy: Program, tmp_path: Path) -> None:

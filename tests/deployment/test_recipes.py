@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from glam_ext import __main__ as command
 from glam_ext.data import Tokenizer
 from glam_ext.export import load_archive
 from glam_ext.generate import generate
+from glam_ext.model import GLaM
 from glam_ext.recipes import export as export_recipe
 from glam_ext.recipes import generate as generate_recipe
 from tests.deployment.conftest import Deployed
@@ -63,6 +65,22 @@ def test_generate_tokens(deployed: Deployed, capsys: pytest.CaptureFixture[str])
     assert generate_recipe.main([str(deployed.checkpoint), "--tokens", "2,7,9", "--max-new-tokens", "5"]) == 0
     (new,) = generate(deployed.model, [[2, 7, 9]], 5)
     assert capsys.readouterr().out == ",".join(map(str, new)) + "\n"
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_packed_weights(deployed: Deployed, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tokens", "2,7,9", "--max-new-tokens", "5", "--temperature", "0", "--weights", weights]
+    assert generate_recipe.main([str(deployed.checkpoint), *arguments]) == 0
+    prepared = GLaM.from_checkpoint(deployed.checkpoint).prepare_for_inference(weights)
+    (new,) = generate(prepared, [[2, 7, 9]], 5, temperature=0.0)
+    assert capsys.readouterr().out == ",".join(map(str, new)) + "\n"
+    out = tmp_path / "model.pt"
+    assert export_recipe.main([str(deployed.run), "--out", str(out), "--weights", weights]) == 0
+    assert f"{weights} weights" in capsys.readouterr().out
+    assert out.stat().st_size < 0.6 * deployed.archive.stat().st_size
+    lengths = torch.tensor([3], dtype=torch.int32)
+    found, _ = load_archive(out).module.generate(torch.tensor([[2, 7, 9]]), lengths, 5, 0.0, 0, 1.0, 0, [1])
+    assert found[0, : len(new)].tolist() == new
 
 
 def test_problems_end_in_one_line(
