@@ -2,13 +2,13 @@
 
     python benchmarks/memory.py
 
-D = 768, F = 3072, 12 heads of 64, E = 8 (dropless), 2 sequences of 1024 tokens. A layer is the difference between models
-of 4 and 2 layers, halved for each kind; what is saved is counted by saved_tensors_hooks, each storage once, parameters
+D = 768, F = 3072, 12 heads of 64, E = 8 (dropless), 2 sequences of 1024 tokens. A layer is half the difference between
+models of 4 and 2 layers; what is saved is counted by saved_tensors_hooks, each storage once, parameters
 left out. `peak` is the process's largest growth during forward and backward of a model of 8 layers, V = 512, beside its
 gradients.
 
-formula  s = bytes of an activation: attention (2 D + 4 H A) s + 4 H, the latter for the log-sum-exp; feed-forward 2 D s,
-         and a dense layer 2 F s, a mixture of experts 2 F s for two rows of a ReLU network and in bfloat16 4 D for the
+formula  s = bytes of an activation: attention (2 D + 4 H A) s and 4 H for the log-sum-exp; feed-forward 2 D s, and a
+         dense layer 2 F s, a mixture of experts 2 F s for two rows of a ReLU network and in bfloat16 4 D for the
          router's input; with recompute D s
 """
 

@@ -3,7 +3,8 @@
     python benchmarks/train_step.py [--peer]
 
 12 layers, D = 768, F = 3072, 12 heads of 64, E = 8, V = 32,000; 2 sequences of 1024 random tokens, bfloat16 compute,
-float32 parameters. Model FLOPs are three times the forward's (glam_ext.counts.flops_per_token, causal attention).
+float32 parameters. Model FLOPs are three times the forward's (glam_ext.counts.flops_per_token, causal attention). Each
+model has a process of its own; they take turns.
 
 dense    the rate of one large product (benchmarks/reference_rates.py)
 table    one profiled step: each op's share, and its time over its bound: FLOPs / dense rate, or bytes / copy rate
@@ -16,9 +17,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import peer_model
 import torch
@@ -63,6 +66,40 @@ def training(config: GLaMConfig, batch: Batch) -> Callable[[], None]:
         updater.update(0)
 
     return step
+
+
+MODELS: dict[str, Callable[[], Callable[[], None]]] = {
+    "ours": lambda: training(CONFIG, random_batch()),
+    "mlp": lambda: training(WITHOUT_EXPERTS, random_batch()),
+    "peer": lambda: peer_model.training(CONFIG, random_batch()),
+}
+
+
+def serve(connection: Connection, name: str) -> None:
+    """Does a step for each number of threads that it is sent, and answers with the seconds; None ends it."""
+    step = MODELS[name]()
+    while (threads := connection.recv()) is not None:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        step()
+        connection.send(time.perf_counter() - start)
+
+
+class Worker:
+    """A model in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, name))
+        self._process.start()
+
+    def step(self, threads: int) -> float:
+        self._connection.send(threads)
+        return float(self._connection.recv())
+
+    def stop(self) -> None:
+        self._connection.send(None)
+        self._process.join()
 
 
 def model_flops(config: GLaMConfig) -> float:
@@ -117,32 +154,37 @@ def main() -> None:
     known.add_argument("--peer", action="store_true")
     arguments = known.parse_args()
     print_header()
-    batch = random_batch()
-    calls = {"ours": training(CONFIG, batch), "mlp": training(WITHOUT_EXPERTS, batch)}
-    if arguments.peer:
-        calls["peer"] = peer_model.training(CONFIG, batch)
+    workers = {name: Worker(name) for name in MODELS if name != "peer" or arguments.peer}
+    machine: dict[int, tuple[float, float]] = {}
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         dense, _ = dense_rate(torch.bfloat16, 2048, 768, 3072, 7)
         copy = copy_rate(7)
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(1 + max(2, arguments.repeats // 2)):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if turn > 0:
-                    times[name].append(time.perf_counter() - start)
-        seconds = {name: statistics.median(values) for name, values in times.items()}
-        rate = model_flops(CONFIG) / seconds["ours"]
+        machine[threads] = (dense, copy)
+        turns = [
+            {name: worker.step(threads) for name, worker in workers.items()}
+            for _ in range(2 + max(2, arguments.repeats // 2))
+        ]
+        # The first two of a process make its memory.
+        seconds = {name: statistics.median(turn[name] for turn in turns[2:]) for name in workers}
+        ours = seconds["ours"]
+        rate = model_flops(CONFIG) / ours
         print(
-            f"{threads} threads: {B * S / seconds['ours']:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s, "
-            f"{rate / dense:.2f} of the dense {dense / 1e9:.0f}; copy {copy / 1e9:.0f} GB/s"
+            f"{threads} threads: {B * S / ours:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s, {rate / dense:.2f} of the "
+            f"dense {dense / 1e9:.0f}; copy {copy / 1e9:.0f} GB/s"
         )
-        print(f"  model without experts {seconds['mlp'] / seconds['ours']:.2f} of ours in time")
-        if "peer" in seconds:
-            peer = seconds["peer"]
-            print(f"  peer {peer / seconds['ours']:.2f} of ours in time, {B * S / peer:.0f} tokens/s")
-        print_profile(calls["ours"], bounds(dense, copy))
+        print(f"  model without experts {seconds['mlp'] / ours:.2f} of ours in time")
+        if arguments.peer:
+            print(f"  peer {seconds['peer'] / ours:.2f} of ours in time, {B * S / seconds['peer']:.0f} tokens/s")
+    for worker in workers.values():
+        worker.stop()
+    step = training(CONFIG, random_batch())
+    for threads, (dense, copy) in machine.items():
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            step()
+        print(f"{threads} threads, op by op:")
+        print_profile(step, bounds(dense, copy))
 
 
 if __name__ == "__main__":
