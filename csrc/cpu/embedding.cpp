@@ -70,11 +70,13 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
   return y;
 }
 
-Tensor backward(const Tensor& grad_, const Tensor& ids_, int64_t num_rows) {
+void backward_into(const Tensor& grad_, const Tensor& ids_, const Tensor& grad_table) {
   const Tensor grad = grad_.contiguous(), ids = ids_.to(at::kLong).contiguous();
   const int64_t D = grad.size(-1), T = ids.numel();
-  const Tensor grad_table = empty_large({num_rows, D}, grad.options()).zero_();
-  if (grad.numel() == 0) return grad_table;
+  TORCH_CHECK(grad_table.is_contiguous() && grad_table.size(1) == D && grad_table.scalar_type() == grad.scalar_type(),
+              "glam::_embedding_backward_into: expected grad_table to be contiguous [V, ", D, "] ", grad.scalar_type(),
+              ", got ", grad_table.sizes(), " ", grad_table.scalar_type());
+  if (grad.numel() == 0) return;
   const auto* id = ids.const_data_ptr<int64_t>();
   std::vector<int64_t> order(T), starts, used;
   std::iota(order.begin(), order.end(), 0);
@@ -96,8 +98,13 @@ Tensor backward(const Tensor& grad_, const Tensor& ids_, int64_t num_rows) {
   const auto& functions = active_embedding_table();
   const int64_t num_tasks = (D + kColumnsPerTask - 1) / kColumnsPerTask;
   at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    functions.sum_rows(sums, begin * kColumnsPerTask, std::min(end * kColumnsPerTask, D));
+    functions.add_rows(sums, begin * kColumnsPerTask, std::min(end * kColumnsPerTask, D));
   });
+}
+
+Tensor backward(const Tensor& grad, const Tensor& ids, int64_t num_rows) {
+  const Tensor grad_table = empty_large({num_rows, grad.size(-1)}, grad.options()).zero_();
+  backward_into(grad, ids, grad_table);
   return grad_table;
 }
 
@@ -106,6 +113,7 @@ Tensor backward(const Tensor& grad_, const Tensor& ids_, int64_t num_rows) {
 TORCH_LIBRARY_IMPL(glam, CPU, m) {
   m.impl("embedding", embedding);
   m.impl("_embedding_backward", backward);
+  m.impl("_embedding_backward_into", backward_into);
 }
 
 }  // namespace glam::cpu

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 
 #include "glam/ops.h"
+#include "ops/accumulate.h"
 #include "ops/checks.h"
 #include "ops/packed_weight.h"
 
@@ -17,6 +18,10 @@ constexpr auto kOp = "glam::embedding";
 
 const auto& embedding_op() {
   static const auto op = find_op<Tensor(const Tensor&, const Tensor&)>(kOp);
+  return op;
+}
+const auto& backward_into_op() {
+  static const auto op = find_op<void(const Tensor&, const Tensor&, const Tensor&)>("glam::_embedding_backward_into");
   return op;
 }
 const auto& backward_op() {
@@ -45,10 +50,16 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({ids});
     ctx->saved_data["V"] = table.sym_size(0);
+    ctx->saved_data["table"] = table;  // for who it is, not for its values, which may change
     return embedding_op().call(ids, table);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {Tensor(), backward_op().call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["V"].toSymInt())};
+    const Tensor ids = ctx->get_saved_variables()[0];
+    if (const Tensor shared = accumulate::announced(ctx->saved_data["table"].toTensor()); shared.defined()) {
+      backward_into_op().call(grads[0], ids, shared);
+      return {Tensor(), Tensor()};
+    }
+    return {Tensor(), backward_op().call(grads[0], ids, ctx->saved_data["V"].toSymInt())};
   }
 };
 
@@ -76,6 +87,8 @@ Tensor backward_meta(const Tensor& grad, const Tensor&, SymInt num_rows) {
   return at::empty_symint({std::move(num_rows), grad.sym_size(-1)}, grad.options());
 }
 
+void backward_into_meta(const Tensor&, const Tensor&, const Tensor&) {}
+
 }  // namespace
 
 Tensor embedding(const Tensor& ids, const Tensor& table) { return embedding_op().call(ids, table); }
@@ -83,14 +96,19 @@ Tensor embedding(const Tensor& ids, const Tensor& table) { return embedding_op()
 TORCH_LIBRARY_FRAGMENT(glam, m) {
   m.def("embedding(Tensor ids, Tensor table) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("_embedding_backward(Tensor grad, Tensor ids, SymInt num_rows) -> Tensor", {at::Tag::pt2_compliant_tag});
+  // Adds to the table's gradient.
+  m.def("_embedding_backward_into(Tensor grad, Tensor ids, Tensor(a!) grad_table) -> ()", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(glam, Autograd, m) {
   m.impl("embedding", embedding_autograd);
   m.impl("_embedding_backward", refuse_double_backward());
+  m.impl("_embedding_backward_into", not_differentiable());
 }
+TORCH_LIBRARY_IMPL(glam, ADInplaceOrView, m) { m.impl("_embedding_backward_into", bump_mutated_versions()); }
 TORCH_LIBRARY_IMPL(glam, Meta, m) {
   m.impl("embedding", embedding_meta);
   m.impl("_embedding_backward", backward_meta);
+  m.impl("_embedding_backward_into", backward_into_meta);
 }
 
 }  // namespace glam

@@ -12,15 +12,13 @@
 // for float64). They may be packed for inference (ops/packed_weight.h); nothing then has a gradient. Sources: GShard (arXiv 2006.16668) section 3.2; GLaM (arXiv 2112.06905) section 3; GEGLU from
 // arXiv 2002.05202.
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <tuple>
 #include <utility>
 
 #include "glam/ops.h"
+#include "ops/accumulate.h"
 #include "ops/checks.h"
 #include "ops/experts.h"
 #include "ops/large_memory.h"
@@ -28,8 +26,6 @@
 
 namespace glam {
 namespace {
-
-thread_local bool accumulate_in_place = false;
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -310,29 +306,11 @@ experts::WeightGradients experts::WeightGradients::empty(const Tensor& wi, const
 
 std::optional<experts::WeightGradients> experts::WeightGradients::taken_from(const Tensor& wi, const Tensor& wo,
                                                                              const OptionalTensor& wg) {
-  const auto* const partial_graph = torch::autograd::get_current_graph_task_exec_info();  // of autograd::grad
-  if (!accumulate_in_place || at::GradMode::is_enabled() || !partial_graph || !partial_graph->empty()) return {};
-  const auto can_add = [](const Tensor& weight) {
-    if (!weight.is_leaf() || !weight.requires_grad() || !torch::autograd::impl::hooks(weight).empty()) return false;
-    const Tensor& grad = weight.grad();
-    return grad.defined() && grad.layout() == at::kStrided && grad.scalar_type() == weight.scalar_type() &&
-           grad.device() == weight.device() && grad.sizes() == weight.sizes() && grad.is_contiguous() &&
-           !grad.requires_grad();
-  };
-  if (!can_add(wi) || !can_add(wo) || (wg && !can_add(*wg))) return {};
+  using accumulate::can_take, accumulate::take;
+  if (!accumulate::applies() || !can_take(wi) || !can_take(wo) || (wg && !can_take(*wg))) return {};
   if (wi.is_same(wo) || (wg && (wg->is_same(wi) || wg->is_same(wo)))) return {};
-  // A tensor of its own, which autograd need not copy even if someone holds the old one.
-  const auto take = [](const Tensor& weight) {
-    Tensor& grad = weight.mutable_grad();
-    Tensor taken = grad.detach();
-    grad.reset();
-    return taken;
-  };
   return WeightGradients{take(wi), take(wo), wg ? take(*wg) : at::empty({0}, wi.options()), true};
 }
-
-AccumulateInPlace::AccumulateInPlace(bool enabled) : before_(std::exchange(accumulate_in_place, enabled)) {}
-AccumulateInPlace::~AccumulateInPlace() { accumulate_in_place = before_; }
 
 std::tuple<Tensor, Tensor, Tensor> experts::forward(const Tensor& rows, const OptionalTensor& offsets, const Tensor& wi,
                                                     const Tensor& wo, const OptionalTensor& wg,

@@ -12,9 +12,7 @@ struct WeightGradients {
   bool add = false;  // to what the tensors hold; otherwise they are overwritten
 
   static WeightGradients empty(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg);
-  // To add to while an AccumulateInPlace lives, if each weight is a leaf whose gradient autograd would only add to: these
-  // gradients, taken from the leaves. Autograd puts back what the backward pass returns without copying it, and all
-  // hooks run as ever.
+  // To add to while an AccumulateInPlace lives (ops/accumulate.h): the leaves' own.
   static std::optional<WeightGradients> taken_from(const Tensor& wi, const Tensor& wo, const OptionalTensor& wg);
 };
 

@@ -22,6 +22,7 @@
 
 #include "distributed/collectives.h"
 #include "glam/ops.h"
+#include "ops/accumulate.h"
 #include "ops/checks.h"
 #include "ops/packed_weight.h"
 
@@ -132,6 +133,7 @@ struct OnePassLoss : torch::autograd::Function<OnePassLoss> {
                                  options.label_smoothing, options.logit_cap, needs_hidden, needs_embedding);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({grad_hidden, grad_embedding});
+    ctx->saved_data["embedding"] = embedding;  // for who it is
     ctx->saved_data["dtype"] = static_cast<int64_t>(hidden.scalar_type());
     return {loss_sum, nll, lse};
   }
@@ -145,6 +147,9 @@ struct OnePassLoss : torch::autograd::Function<OnePassLoss> {
                                                          in_place ? saved_embedding.new_empty({0}) : saved_embedding,
                                                          static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt()));
     if (in_place) grad_embedding = saved_embedding.mul_(grad_loss);
+    if (ctx->needs_input_grad(1)) {
+      accumulate::announce(ctx->saved_data["embedding"].toTensor(), grad_embedding);
+    }
     return {ctx->needs_input_grad(0) ? grad_hidden : Tensor(),
             ctx->needs_input_grad(1) ? grad_embedding : Tensor(),
             Tensor(),
@@ -181,6 +186,7 @@ struct TwoPassLoss : torch::autograd::Function<TwoPassLoss> {
                            data["label_smoothing"].toDouble(), data["logit_cap"].toDouble(),
                            data["vocab_start"].toSymInt(), saved[1].sym_size(0) * collectives::group_size(group));
     if (!group.empty()) grad_hidden = collectives::all_reduce(grad_hidden, "sum", group);
+    if (ctx->needs_input_grad(1)) accumulate::announce(saved[1], grad_embedding);
     return {ctx->needs_input_grad(0) ? grad_hidden : Tensor(), ctx->needs_input_grad(1) ? grad_embedding : Tensor(),
             Tensor(), Tensor(), Tensor()};
   }

@@ -214,3 +214,74 @@ def test_into_is_checked_by_torch() -> None:
     for add in (False, True):
         into = [torch.zeros_like(wi), torch.zeros_like(wo), torch.empty(0)]
         torch.library.opcheck(glam._moe_mlp_backward_into.default, (*arguments, add, *into))
+
+
+# --- a table that embedding and linear_cross_entropy share
+
+
+def tied_loss(table: Tensor, output: Tensor | None = None) -> Tensor:
+    ids = torch.tensor([3, 0, 3, 7, 39, 3])
+    hidden = ops.embedding(ids, table).tanh()
+    return ops.linear_cross_entropy(hidden, table if output is None else output, ids.flip(0))[0]
+
+
+def table_of(dtype: torch.dtype) -> Tensor:
+    return torch.randn(40, 8, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+
+
+def backward_ops(loss: Tensor, in_place: bool) -> set[str]:
+    if not in_place:
+        return ops_called(loss.backward)
+    with ops.accumulate_in_place():
+        return ops_called(loss.backward)
+
+
+SHARED, APART = "glam::_embedding_backward_into", "glam::_embedding_backward"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_shared_table_gets_one_gradient(dtype: torch.dtype) -> None:
+    gradients = []
+    for in_place in (False, True):
+        table = table_of(dtype)
+        for scale in (1.0, 0.3):  # the second pass adds to the first
+            called = backward_ops(scale * tied_loss(table), in_place)
+            assert (SHARED if in_place else APART) in called
+            assert (APART in called) != in_place
+        gradients.append(table.grad)
+    assert torch.equal(*gradients)
+
+
+def test_hooks_and_other_tables_are_left_alone() -> None:
+    expected = table_of(torch.float32)
+    tied_loss(expected).backward()
+    hooked, seen = table_of(torch.float32), []
+    hooked.register_hook(lambda grad: seen.append(grad.clone()))
+    assert SHARED not in backward_ops(tied_loss(hooked), True)
+    assert torch.equal(seen[0], expected.grad)
+    first, second = table_of(torch.float32), table_of(torch.float32)
+    assert SHARED not in backward_ops(tied_loss(first, second), True)
+    assert torch.equal(first.grad + second.grad, expected.grad)
+
+
+def test_a_gradient_that_somebody_holds_stays_as_it_is() -> None:
+    table, held = table_of(torch.float32), []
+    loss = tied_loss(table)
+    loss.grad_fn.register_hook(lambda inputs, _: held.append(inputs[1]))
+    assert SHARED not in backward_ops(loss, True)
+    expected = table_of(torch.float32)
+    tied_loss(expected).backward()
+    assert torch.equal(table.grad, expected.grad)
+    assert not torch.equal(held[0], table.grad)
+
+
+def test_a_later_backward_pass_does_not_add_to_an_earlier_gradient() -> None:
+    table, held = table_of(torch.float32), []
+    table.register_post_accumulate_grad_hook(lambda x: held.append(x.grad))
+    with ops.accumulate_in_place():
+        ops.linear_cross_entropy(torch.ones(2, 8), table, torch.tensor([1, 2]))[0].backward()
+        before = held[0].clone()
+        table.grad = None
+        ops.embedding(torch.tensor([4]), table).sum().backward()
+    assert torch.equal(held[0], before)
+    assert table.grad.sum() == 8

@@ -16,11 +16,14 @@ void sum_block(const RowSums& sums, int64_t begin, int64_t count) {
       load_values(advance(sums.rows, sums.type, sums.order[i] * sums.D + begin), sums.type, count, values);
       for (int64_t d = 0; d < count; ++d) total[d] += values[d];
     }
-    store_values(total, count, advance(sums.out, sums.type, sums.ids[s] * sums.D + begin), sums.type);
+    void* const out = advance(sums.out, sums.type, sums.ids[s] * sums.D + begin);
+    load_values(out, sums.type, count, values);
+    for (int64_t d = 0; d < count; ++d) total[d] += values[d];
+    store_values(total, count, out, sums.type);
   }
 }
 
-void sum_rows(const RowSums& sums, int64_t begin, int64_t end) {
+void add_rows(const RowSums& sums, int64_t begin, int64_t end) {
   for (int64_t d = begin; d < end; d += kColumns) {
     const int64_t count = end - d < kColumns ? end - d : kColumns;
     if (sums.type == Type::f64) {
@@ -33,6 +36,6 @@ void sum_rows(const RowSums& sums, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const EmbeddingTable embedding_table = {&sum_rows};
+extern const EmbeddingTable embedding_table = {&add_rows};
 
 }  // namespace glam::cpu::GLAM_ISA

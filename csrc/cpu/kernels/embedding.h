@@ -8,7 +8,7 @@ namespace glam::cpu {
 
 struct RowSums {
   const void* rows = nullptr;  // [T, D] contiguous
-  void* out = nullptr;         // row ids[s] of a contiguous [V, D] receives sum s
+  void* out = nullptr;         // sum s is added to row ids[s] of a contiguous [V, D]
   Type type = Type::f32;
   int64_t D = 0;
   const int64_t* order = nullptr;
@@ -19,7 +19,7 @@ struct RowSums {
 
 struct EmbeddingTable {
   // Columns [begin, end) of every sum; accumulation in float32 (float64 for float64), in the listed order.
-  void (*sum_rows)(const RowSums& sums, int64_t begin, int64_t end);
+  void (*add_rows)(const RowSums& sums, int64_t begin, int64_t end);
 };
 
 GLAM_PER_ISA_TABLE(EmbeddingTable, embedding_table)

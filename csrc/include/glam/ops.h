@@ -17,7 +17,8 @@ namespace glam {
 
 // While one lives, backward passes that this thread runs add the gradients of experts' weights (moe_mlp, expert_mlp,
 // exchange_mlp) to those that the weights have, where they lie, as they are computed: micro-batches then neither write
-// nor hold a second set of them. What .grad() is afterwards, to the bit for float32 weights, and which hooks run is the
+// nor hold a second set of them. A table that linear_cross_entropy and embedding share gets one gradient instead of two
+// that are added. What .grad() is afterwards, to the bit for float32 weights, and which hooks run is the
 // same as without. It applies where autograd would add in place too and nothing looks at the new part alone: weights that
 // are leaves with a contiguous gradient of their dtype and without hooks of their own (Tensor.register_hook; those that
 // run after accumulation are no obstacle), in a backward pass over the whole graph, without create_graph. Everything
@@ -25,7 +26,7 @@ namespace glam {
 // the gradients are undefined.
 class AccumulateInPlace {
  public:
-  explicit AccumulateInPlace(bool enabled = true);
+  AccumulateInPlace();
   ~AccumulateInPlace();
   AccumulateInPlace(const AccumulateInPlace&) = delete;
   AccumulateInPlace& operator=(const AccumulateInPlace&) = delete;
