@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -56,19 +58,32 @@ def in_float32() -> Outcome:
 
 
 def check_bfloat16(actual: Outcome, expected: Outcome) -> None:
-    """As far from float32 as one process is: what rounds in another place is no further off."""
+    """As far from float32 as one process is: what rounds in another place is no further off.
+
+    One error is itself a draw, so each gradient is held against the worst of one process's layers.
+    """
     for key, value in expected.sums[0].items():
         assert actual.sums[0][key] == pytest.approx(value, rel=5e-3)
     assert actual.norms == pytest.approx(expected.norms, rel=1e-2)
-    truth = in_float32()
+    truth = in_float32().gradients
+
+    def kind(name: str) -> str:
+        return re.sub(r"\d+", "N", name)
+
+    usual: dict[str, float] = collections.defaultdict(float)
+    for name, gradient in expected.gradients.items():
+        usual[kind(name)] = max(usual[kind(name)], relative_error(gradient, truth[name]))
     for name, gradient in actual.gradients.items():
-        exact = truth.gradients[name]
-        error, usual = ((g - exact).norm() / exact.norm() for g in (gradient, expected.gradients[name]))
-        assert error <= 1.5 * usual + 1e-3, f"gradient {name}: relative error {error:.1e}, of one process {usual:.1e}"
+        error, worst = relative_error(gradient, truth[name]), usual[kind(name)]
+        assert error <= 1.5 * worst + 1e-3, f"gradient {name}: relative error {error:.1e}, of one process {worst:.1e}"
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
-    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    error = relative_error(actual, expected)
     assert error <= tolerance, f"{what}: relative error {error:.2e}"
 
 
