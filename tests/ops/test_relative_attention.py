@@ -79,3 +79,36 @@ BASE = samples.RELATIVE_ATTENTION.find("small", torch.float32, "packed")
 )
 def test_bad_input(changes: dict[int, Any], text: str) -> None:
     levels.assert_refused(samples.RELATIVE_ATTENTION, BASE, changes, text)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bfloat16_is_as_close_as_the_plain_composition(seed: int) -> None:
+    """Root mean square errors of the output and of all gradients against float64, beside torch's ops in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    size, heads, width = 150, 2, 32
+    q, k, v, given = (
+        torch.randn(2, size, heads, width, generator=generator).bfloat16() / width ** (0.25 if i < 2 else 0)
+        for i in range(4)
+    )
+    bias = torch.randn(heads, 32, generator=generator)
+    bucket = torch.tensor([[attention.bucket(max(i - j, 0)) for j in range(size)] for i in range(size)])
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("bihd,bjhd->bhij", q, k).to(bias.dtype) + bias[:, bucket]
+        logits = logits.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), float("-inf"))
+        weights = torch.softmax(torch.cat([logits, torch.zeros_like(logits[..., :1])], -1), -1)[..., :-1]
+        return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v)
+
+    def ours(*args: torch.Tensor) -> torch.Tensor:
+        return torch.ops.glam.relative_attention(*args, None, True, 0.0)
+
+    def results(function: Any, *args: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in args]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, given.to(out.dtype))]
+
+    exact = results(plain, *(x.double() for x in (q, k, v, bias)))
+    mine, theirs = results(ours, q, k, v, bias), results(plain, q, k, v, bias)
+    for name, wanted, a, b in zip(("out", "q", "k", "v", "bias"), exact, mine, theirs, strict=True):
+        error, usual = ((x.double() - wanted).square().mean().sqrt() for x in (a, b))
+        assert error <= 2 * usual, f"{name}: {error:.2e}, plain {usual:.2e}"
