@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels/gemm_functions.h"
+#include "ops/packed_layout.h"
 
 namespace kernels = glam::cpu::GLAM_ISA;
 using glam::cpu::Operand;
@@ -32,6 +33,7 @@ struct Matrix {
   std::vector<Sum> values;    // of the layout
   std::vector<uint16_t> halves;
   std::vector<int32_t> order;  // the row of the data for each row of the operand
+  std::vector<char> strips;    // of weights packed for inference
   Operand operand;
 
   Matrix(int64_t outer_, int64_t depth_, bool rows_are_k, bool in_halves, bool gathered)
@@ -63,6 +65,38 @@ struct Matrix {
   }
 };
 
+// A right side packed for inference; whole strips, an even depth.
+Matrix stored(int64_t columns, int64_t depth, bool as_integers) {
+  using glam::kScaleRows, glam::kStripColumns;
+  Matrix matrix(columns, depth, false, true, false);
+  const int64_t elements = (as_integers ? depth + kScaleRows : depth) * kStripColumns;
+  matrix.strips.resize(columns / kStripColumns * elements * (as_integers ? 1 : 2));
+  std::uniform_int_distribution<int> integer(-127, 127);
+  std::uniform_real_distribution<float> scale(0.5F, 2.0F);
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t first = j / kStripColumns * elements, column = j % kStripColumns;
+    const float factor = scale(generator);
+    if (as_integers) reinterpret_cast<float*>(matrix.strips.data() + first)[column] = factor;
+    for (int64_t k = 0; k < depth; ++k) {
+      if (as_integers) {
+        const int value = integer(generator);
+        matrix.strips[first + (kScaleRows + k) * kStripColumns + column] = static_cast<char>(value);
+        matrix.exact[j * depth + k] = static_cast<double>(factor) * value;
+      } else {
+        const uint16_t half = matrix.halves[j * depth + k];
+        reinterpret_cast<uint16_t*>(matrix.strips.data())[first + k / 2 * 2 * kStripColumns + 2 * column + k % 2] =
+            half;
+        matrix.exact[j * depth + k] = kernels::bf16_to_float(half);
+      }
+    }
+  }
+  matrix.operand = {.data = matrix.strips.data(),
+                    .type = as_integers ? Type::i8 : Type::bf16,
+                    .row_stride = elements,
+                    .stored = true};
+  return matrix;
+}
+
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Rows [begin, end) of A times B.
@@ -73,6 +107,7 @@ std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_
   functions.pack_a(a.operand, begin, end, a.depth, left.data());
   functions.pack_b(b.operand, 0, b.outer, a.depth, right.data());
   functions.multiply(end - begin, b.outer, a.depth, left.data(), right.data(), c.data(), columns);
+  functions.scale(b.operand, end - begin, 0, b.outer, c.data(), columns);
   std::vector<Sum> result;
   for (int64_t i = 0; i < end - begin; ++i) result.insert(result.end(), &c[i * columns], &c[i * columns] + b.outer);
   return result;
@@ -134,6 +169,18 @@ int main() {
           const Matrix a(rows, depth, kind & 1, kind & 2, kind & 4), b(columns, depth, kind & 8, kind & 2, kind & 4);
           worst = std::fmax(worst, check(a, b));
         } while (++kind % 16 != 0 && depth <= 500);
+      }
+    }
+  }
+  if constexpr (sizeof(Sum) == sizeof(float)) {
+    for (const int64_t depth : {2, 32, 34, 66, 512, 1026}) {
+      for (const int64_t rows : {1, 16, 17, 70}) {
+        for (const int64_t columns : {32, 96, 160}) {
+          for (const bool as_integers : {false, true}) {
+            const Matrix a(rows, depth, false, true, false);
+            worst = std::fmax(worst, check(a, stored(columns, depth, as_integers)));
+          }
+        }
       }
     }
   }
