@@ -7,6 +7,7 @@ Weights as `prepare_for_inference` packs them, or (plain) unpacked in bfloat16.
 
 decode   bytes of the parameters that a token uses (glam_ext.count_parameters) per second of a step, over the rate at
          which this machine reads: the best of a threaded sum over 256 MB that are in no cache, in 4 KiB and 2 MiB pages
+cache    bytes of keys and values per second of relative_attention_step, one new token after 4095, over the same rate
 prefill  2 FLOPs for each parameter that a token uses and each token of the prompt, logits of the last one only, over
          the dense rate (benchmarks/reference_rates.py)
 """
@@ -42,6 +43,17 @@ def read_rate(repeats: int) -> float:
     return source.nbytes / min(seconds.values())
 
 
+def cached_attention(repeats: int) -> float:
+    """Bytes per second."""
+    shape = (1, 4096, CONFIG.num_heads, CONFIG.head_dim)
+    keys, values = (torch.randn(shape).bfloat16() for _ in range(2))
+    new = torch.randn(1, 1, *shape[2:]).bfloat16()
+    positions, bias = torch.tensor([4095], dtype=torch.int32), torch.randn(CONFIG.num_heads, 32)
+    step = torch.ops.glam.relative_attention_step
+    call = functools.partial(step, new, new, new, keys, values, positions, bias)
+    return 2 * keys.nbytes / medians({"step": call}, 3 * repeats)["step"]
+
+
 def run(model: glam_ext.GLaM, tokens: torch.Tensor, cache: object, position: int) -> None:
     lengths = torch.tensor([tokens.shape[1]], dtype=torch.int32)
     model.step(tokens, cache, torch.tensor([position], dtype=torch.int32), lengths)
@@ -66,9 +78,10 @@ def main() -> None:
                 token = torch.ones(1, 1, dtype=torch.long)
                 seconds = medians({"step": functools.partial(run, model, token, cache, PROMPT)}, 3 * chosen.repeats)
                 rate, read = active_bytes / seconds["step"], read_rate(chosen.repeats)
+                cache_rate = cached_attention(chosen.repeats)
                 print(
                     f"{name}, {threads} threads: {seconds['step'] * 1e3:.1f} ms a token, {rate / 1e9:.1f} GB/s, "
-                    f"{rate / read:.2f} of the {read / 1e9:.1f} GB/s that are read"
+                    f"{rate / read:.2f} of the {read / 1e9:.1f} GB/s that are read; cache {cache_rate / read:.2f}"
                 )
                 dense, whose = dense_rate(torch.bfloat16, 1024, CONFIG.model_dim, CONFIG.hidden_dim, chosen.repeats)
                 for length in (256, 1024):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/attention_block.h"
+#include "cpu/kernels/gemm_few.h"
 
 namespace glam::cpu::GLAM_ISA {
 
@@ -23,8 +24,7 @@ struct HeadKernels {
       values = carve.take<Element>(steps_of<Format>(num_keys) * A);
       q_panel = carve.take<Element>(Format::steps(A) * Q);
       probabilities = carve.take<Element>(steps_of<Format>(kKeys) * Q);
-      // One query has a row of scores for all keys, in whole panels.
-      scores = carve.take<T>((num_keys + Q) * Q);
+      scores = carve.take<T>(num_keys * Q);
       out = carve.take<T>(A * Q);
       row = carve.take<T>(A);
     }
@@ -36,20 +36,16 @@ struct HeadKernels {
     return carve.bytes();
   }
 
-  // One query: scores in [keys], vectorised across keys except for the sum, whose order is the block's. The same bits, by
-  // the same chains of multiply-adds.
+  // One query: scores in [keys], keys and values read where they lie (kernels/gemm_few.h). The same bits, by the same
+  // chains of multiply-adds.
   static void attend_one(const AttentionHead<T>& head, int64_t query, void* out, T* lse, char* scratch) {
     const int64_t position = head.query_position + query, num_keys = position + 1, A = head.A;
     Carver carve(scratch);
-    const Forward work(carve, num_keys, A);
-    T* const scores = work.scores;
-    pack_strips<Format, kMostRows>(rows_at(head.q, head.type, head.q_stride, query), 0, 1, A, work.keys);
-    const Operand keys = rows_at(head.k, head.type, head.k_stride, 0);
-    for (int64_t key = 0; key < num_keys; key += Q) {
-      const int64_t valid = num_keys - key < Q ? num_keys - key : Q;
-      pack_strips<Format, Q>(keys, key, key + valid, A, work.q_panel);
-      multiply_rows_tile<1, 1>(steps_of<Format>(A), work.keys, kMostRows, work.q_panel, scores + key, 0, true);
-    }
+    auto* const q = carve.take<Element>(Format::steps(A));
+    auto* const probabilities = carve.take<Element>(Format::steps(num_keys));
+    T *const scores = carve.take<T>(num_keys), *const row = carve.take<T>(padded_columns<T>(A));
+    load_few<Format>(rows_at(head.q, head.type, head.q_stride, query), 1, A, q);
+    multiply_few<Format>(1, q, rows_at(head.k, head.type, head.k_stride, 0), 0, num_keys, A, scores, num_keys);
     T largest = head.extra_logit ? T(0) : -infinity<T>;
     for (int64_t key = 0; key < num_keys; ++key) {
       scores[key] = finish_logit(head, scores[key] + head.line[position - key]);
@@ -68,39 +64,13 @@ struct HeadKernels {
     for (int64_t key = 0; key < num_keys; ++key) scores[key] = flush(scores[key]);
     if (lse) *lse = log_of_sum(sum, shift);
 
-    add_values(head, scores, num_keys, work.row);
+    constexpr Type kType = sizeof(T) == sizeof(double) ? Type::f64 : Type::f32;
+    load_few<Format>(rows_at(scores, kType, num_keys, 0), 1, num_keys, probabilities);
+    multiply_few<Format>(1, probabilities, rows_at(head.v, head.type, head.v_stride, 0, true), 0, A, num_keys, row,
+                         padded_columns<T>(A));
     const T inverse = inverse_of_sum(sum);
-    for (int64_t a = 0; a < A; ++a) work.row[a] *= inverse;
-    store_values(work.row, A, out, head.type);
-  }
-
-  // row[a] = sum over the keys, in order, of scores[key] * v[key][a].
-  static void add_values(const AttentionHead<T>& head, const T* scores, int64_t num_keys, T* row) {
-    constexpr int64_t kColumns = kTileColumns<T>;
-    constexpr int lanes = VectorOf<T>::lanes, kVectors = kColumns / lanes;
-    using Vector = typename VectorOf<T>::type;
-    const Operand values = rows_at(head.v, head.type, head.v_stride, 0, true);
-    const int64_t steps = steps_of<Format>(num_keys);
-    const auto score = [&](int64_t key) { return key < num_keys ? scores[key] : T(0); };
-    for (int64_t column = 0; column < head.A; column += kColumns) {
-      const int64_t part = head.A - column < kColumns ? head.A - column : kColumns;
-      Vector sum[kVectors] = {};
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t k = Format::first_k(step);
-        T halves[2][kColumns] = {};
-        const T pair[2] = {score(k), Format::kDepth == 2 ? score(k + 1) : T(0)};
-        for (int half = 0; half < Format::kDepth; ++half) {
-          if (k + half < num_keys) load_row(values, k + half, column, part, halves[half]);
-        }
-        Element right[kColumns], left;
-        store_step<kColumns>(Format(), halves[0], halves[1], right);
-        store_step<1>(Format(), pair, pair + 1, &left);
-        for (int v = 0; v < kVectors; ++v) {
-          accumulate(left, *reinterpret_cast<const typename VectorOf<Element>::type*>(right + v * lanes), sum[v]);
-        }
-      }
-      std::memcpy(row + column, sum, static_cast<size_t>(part) * sizeof(T));
-    }
+    for (int64_t a = 0; a < A; ++a) row[a] *= inverse;
+    store_values(row, A, out, head.type);
   }
 
   static void forward(const AttentionHead<T>& head, int64_t begin, int64_t end, void* out, int64_t out_stride, T* lse,

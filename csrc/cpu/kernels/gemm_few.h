@@ -172,10 +172,13 @@ inline void stream_rows(const typename Format::Element* a, int64_t depth, const 
     int64_t k = 0;
     for (; k + kSquare <= depth; k += kSquare) {
       Words square[lanes];
+      // What comes next: further along these rows, or in the rows after them.
+      const bool beyond = k + kAhead >= depth;
+      const int64_t next = !beyond ? k + kAhead : lanes * b_stride + (depth > kAhead ? k + kAhead - depth : k);
 #pragma GCC unroll 16
       for (int l = 0; l < lanes; ++l) {
         square[l] = load_vector<Words>(rows[l] + k);
-        __builtin_prefetch(rows[l] + k + kAhead);
+        __builtin_prefetch(rows[l] + next);
       }
       exchange_halves<Words, lanes, 1>(square, std::make_index_sequence<lanes>());
       add(square, k / kPerWord, lanes);
