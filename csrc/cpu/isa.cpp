@@ -68,7 +68,8 @@ bool cpu_supports(Isa isa) {
     case Isa::avx512:
       return avx512;
     case Isa::avx512bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      // All CPUs but those of one server family (Cooper Lake) have both.
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     case Isa::amx:
       return cpu_supports(Isa::avx512bf16) && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && may_use_tiles();
