@@ -15,6 +15,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/loss.h"
+#include "cpu/scratch.h"
 #include "ops/common.h"
 #include "ops/large_memory.h"
 #include "ops/packed_layout.h"
@@ -166,9 +167,9 @@ struct Gradients {
   bool embedding_is_empty = true;  // overwritten then
 };
 
-// kept: the products of all columns, which are overwritten; null: they are multiplied again.
+// kept: the products of all columns; null: they are multiplied again.
 template <class T>
-void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& factors, T* kept,
+void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& factors, const T* kept,
                    const Gradients& gradients) {
   const int64_t num_tokens = logits.num_tokens(), D = logits.hidden.size(1);
   const Precision precision = logits.precision();
@@ -184,8 +185,14 @@ void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& fact
   };
   for_each_part(logits.columns(), kGradientColumns, [&](int64_t first, int64_t count) {
     if (kept) {
+      // In a copy that stays in the cache: what is kept would have to be written back to memory.
       at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
-        differentiate(begin, end - begin, kept + begin * logits.columns() + first, logits.columns(), first, count, 0);
+        static thread_local Scratch scratch;
+        T* const values = scratch.get<T>(count);
+        for (int64_t t = begin; t < end; ++t) {
+          std::copy_n(kept + t * logits.columns() + first, count, values);
+          differentiate(t, 1, values, count, first, count, 0);
+        }
       });
     } else {
       std::vector<Product> again;
@@ -291,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& 
       const T* const lse = of_block.lse.const_data_ptr<T>();
       const RowFactors<T> factors(count, lse, weights ? weights->const_data_ptr<T>() + first : nullptr, T(1),
                                   {z_loss, label_smoothing, vocabulary});
-      add_gradients<T>(block, lse, factors, kept.mutable_data_ptr<T>(),
+      add_gradients<T>(block, lse, factors, kept.const_data_ptr<T>(),
                        {.hidden = needs_hidden ? grad_hidden.narrow(0, first, count) : Tensor(),
                         .embedding = needs_embedding ? sum : Tensor(),
                         .embedding_is_empty = first == 0});

@@ -58,19 +58,21 @@ void differentiate(const LogitBlock<T>& block, const T* lse, const T* row_softma
       for (int64_t j = 0; j < block.columns; ++j) block.values[i * block.stride + j] = T(0);
       continue;
     }
-    T* const values = to_logits(block, i);
+    const bool capped = block.logit_cap > T(0);
+    T* const values = capped ? to_logits(block, i) : block.values + i * block.stride;
     const T shift = lse[token], softmax = row_softmax[token], uniform = row_uniform[token];
     const int64_t target = block.targets[token] - block.column;
     const bool here = target >= 0 && target < block.columns;
-    const T target_cap = here && block.logit_cap > T(0) ? values[target] / block.logit_cap : T(0);
-    if (block.logit_cap > T(0)) {
+    const T target_cap = here && capped ? values[target] / block.logit_cap : T(0);
+    if (capped) {
       for (int64_t j = 0; j < block.columns; ++j) {
-        const T capped = values[j] / block.logit_cap;
-        values[j] = (softmax * exp(values[j] - shift) - uniform) * (T(1) - capped * capped) * block.scale;
+        const T share = values[j] / block.logit_cap;
+        values[j] = (softmax * exp(values[j] - shift) - uniform) * (T(1) - share * share) * block.scale;
       }
     } else {
+      const T factor = softmax * block.scale, less = uniform * block.scale;
       for (int64_t j = 0; j < block.columns; ++j) {
-        values[j] = (softmax * exp(values[j] - shift) - uniform) * block.scale;
+        values[j] = multiply_add(factor, exp(multiply_add(values[j], block.scale, -shift)), -less);
       }
     }
     if (here) values[target] -= row_target[token] * (T(1) - target_cap * target_cap) * block.scale;
