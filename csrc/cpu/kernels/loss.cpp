@@ -70,9 +70,10 @@ void differentiate(const LogitBlock<T>& block, const T* lse, const T* row_softma
         values[j] = (softmax * exp(values[j] - shift) - uniform) * (T(1) - share * share) * block.scale;
       }
     } else {
-      const T factor = softmax * block.scale, less = uniform * block.scale;
-      for (int64_t j = 0; j < block.columns; ++j) {
-        values[j] = multiply_add(factor, exp(multiply_add(values[j], block.scale, -shift)), -less);
+      const T scale = block.scale, factor = softmax * scale, less = -uniform * scale;
+      const int64_t columns = block.columns;
+      for (int64_t j = 0; j < columns; ++j) {
+        values[j] = multiply_add(factor, exp(multiply_add(values[j], scale, -shift)), less);
       }
     }
     if (here) values[target] -= row_target[token] * (T(1) - target_cap * target_cap) * block.scale;
