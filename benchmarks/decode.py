@@ -15,6 +15,7 @@ prefill  2 FLOPs for each parameter that a token uses and each token of the prom
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from common import medians, parser, print_header
@@ -33,25 +34,34 @@ CONFIG = glam_ext.GLaMConfig(
     compute_dtype="bfloat16",
 )
 PROMPT = 16
+STEPS = 8  # one after the other, as in decoding
 
 
-def read_rate(repeats: int) -> float:
-    """Bytes per second."""
-    source = torch.ones(64 << 20)
-    huge = torch.ops.glam.linear(torch.ones(64 << 10, 1), torch.ones(1, 1024))  # from the pool of large blocks
-    seconds = medians({"small pages": source.sum, "huge pages": huge.sum}, repeats)
-    return source.nbytes / min(seconds.values())
+READ_BYTES = 256 << 20
 
 
-def cached_attention(repeats: int) -> float:
-    """Bytes per second."""
+def reads() -> dict[str, Callable[[], object]]:
+    small = torch.ones(READ_BYTES // 4)
+    huge = torch.ops.glam.linear(torch.ones(READ_BYTES >> 12, 1), torch.ones(1, 1024))  # of the pool of large blocks
+    return {"small pages": small.sum, "huge pages": huge.sum}
+
+
+def cached_attention() -> tuple[Callable[[], object], int]:
+    """A call, and the bytes that it reads."""
     shape = (1, 4096, CONFIG.num_heads, CONFIG.head_dim)
     keys, values = (torch.randn(shape).bfloat16() for _ in range(2))
     new = torch.randn(1, 1, *shape[2:]).bfloat16()
     positions, bias = torch.tensor([4095], dtype=torch.int32), torch.randn(CONFIG.num_heads, 32)
     step = torch.ops.glam.relative_attention_step
-    call = functools.partial(step, new, new, new, keys, values, positions, bias)
-    return 2 * keys.nbytes / medians({"step": call}, 3 * repeats)["step"]
+    return functools.partial(step, new, new, new, keys, values, positions, bias), 2 * keys.nbytes
+
+
+def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    def calls() -> None:
+        for _ in range(STEPS):
+            call()
+
+    return calls
 
 
 def run(model: glam_ext.GLaM, tokens: torch.Tensor, cache: object, position: int) -> None:
@@ -76,11 +86,15 @@ def main() -> None:
                 cache = model.init_cache(1, PROMPT + 1)
                 run(model, torch.ones(1, PROMPT, dtype=torch.long), cache, 0)
                 token = torch.ones(1, 1, dtype=torch.long)
-                seconds = medians({"step": functools.partial(run, model, token, cache, PROMPT)}, 3 * chosen.repeats)
-                rate, read = active_bytes / seconds["step"], read_rate(chosen.repeats)
-                cache_rate = cached_attention(chosen.repeats)
+                attention, cache_bytes = cached_attention()
+                step = functools.partial(run, model, token, cache, PROMPT)
+                calls = {"step": repeated(step), "cache": repeated(attention), **reads()}
+                seconds = medians(calls, 2 * chosen.repeats)
+                read = READ_BYTES / min(seconds["small pages"], seconds["huge pages"])
+                token_seconds = seconds["step"] / STEPS
+                rate, cache_rate = active_bytes / token_seconds, STEPS * cache_bytes / seconds["cache"]
                 print(
-                    f"{name}, {threads} threads: {seconds['step'] * 1e3:.1f} ms a token, {rate / 1e9:.1f} GB/s, "
+                    f"{name}, {threads} threads: {token_seconds * 1e3:.1f} ms a token, {rate / 1e9:.1f} GB/s, "
                     f"{rate / read:.2f} of the {read / 1e9:.1f} GB/s that are read; cache {cache_rate / read:.2f}"
                 )
                 dense, whose = dense_rate(torch.bfloat16, 1024, CONFIG.model_dim, CONFIG.hidden_dim, chosen.repeats)
