@@ -39,7 +39,8 @@ def test_make_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert int(printed[1]) * 60 + int(printed[2]) == pytest.approx(stages, abs=1)
     assert stages < elapsed
     bits = result["bits_per_byte"]
-    model = bits.pop("this model")
+    model, packed = bits.pop("this model"), bits.pop("this model with int8 weights")
+    assert packed == pytest.approx(model, abs=0.01)
     assert set(bits) == {"xz -9e", "xz -9e after the training text", "Kneser-Ney 5-gram"}
     assert model < min(value for name, value in bits.items() if name.startswith("xz"))
     assert result["cpp_prints_the_same"] is True
