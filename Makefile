@@ -55,7 +55,7 @@ sanitize: $(VENV)/.installed
 	  -DGLAM_EXTRA_RPATH=$$($(PY) -c "import os, torch; print(os.path.dirname(torch.__file__) + '/lib')")
 	$(VENV)/bin/cmake --build build/sanitize/cmake --parallel $(MAX_JOBS)
 	$(VENV)/bin/cmake --install build/sanitize/cmake --prefix $(SANITIZED)
-	tar -c --exclude=glam_ext/lib --exclude='glam_ext/_C*.so' csrc/cpu glam_ext tests pyproject.toml | tar -x -C $(SANITIZED)
+	tar -c --exclude=glam_ext/lib --exclude='glam_ext/_C*.so' csrc/cpu csrc/ops glam_ext tests pyproject.toml | tar -x -C $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q \
 	  -p no:cacheprovider -k "not compile and not threads" tests/ops $(PYTEST_ARGS)
 
