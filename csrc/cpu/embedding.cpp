@@ -12,7 +12,6 @@
 #include "cpu/kernels/embedding.h"
 #include "ops/checks.h"
 #include "ops/large_memory.h"
-#include "ops/packed_layout.h"
 #include "ops/packed_weight.h"
 
 namespace glam::cpu {
@@ -31,12 +30,12 @@ void unpack_rows(const Tensor& table, const int64_t* ids, int64_t begin, int64_t
       const float scale = reinterpret_cast<const float*>(strip)[column];
       float* const out = y.mutable_data_ptr<float>() + t * D;
       for (int64_t d = 0; d < D; ++d) {
-        out[d] = scale * static_cast<float>(strip[(kScaleRows + d) * kStripColumns + column]);
+        out[d] = scale * static_cast<float>(strip[packed::int8_index(d, column)]);
       }
     } else {
       const auto* const strip = table.const_data_ptr<at::BFloat16>() + first;
       auto* const out = y.mutable_data_ptr<at::BFloat16>() + t * D;
-      for (int64_t d = 0; d < D; ++d) out[d] = strip[d / 2 * 2 * kStripColumns + 2 * column + d % 2];
+      for (int64_t d = 0; d < D; ++d) out[d] = strip[packed::bf16_index(d, column)];
     }
   }
 }
@@ -45,7 +44,7 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
   checks::embedding(ids_, table_);
   const bool is_packed = packed::is_packed(table_, 2);
   const Tensor ids = ids_.to(at::kLong).contiguous(), table = table_.contiguous();
-  const int64_t V = is_packed ? packed::columns(table).expect_int() : table.size(0), T = ids.numel();
+  const int64_t V = packed::table_rows(table).expect_int(), T = ids.numel();
   const int64_t D = is_packed ? packed::depth(table).expect_int() : table.size(1);
   const auto* id = ids.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < T; ++t) {
@@ -54,7 +53,7 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
   }
   auto sizes = ids.sizes().vec();
   sizes.push_back(D);
-  const auto dtype = table.scalar_type() == at::kChar ? at::kFloat : table.scalar_type();
+  const auto dtype = is_packed ? packed::value_dtype(table) : table.scalar_type();
   const Tensor y = empty_large(sizes, table.options().dtype(dtype));
   if (y.numel() == 0) return y;
   if (is_packed) {

@@ -16,7 +16,7 @@ Tensor linear(const Tensor& x, const Tensor& weight_) {
   const bool is_packed = packed::is_packed(weight_, 2);
   const Tensor weight = is_packed ? weight_ : with_unit_stride(weight_);
   auto sizes = x.sizes().vec();
-  sizes.back() = is_packed ? packed::columns(weight).expect_int() : weight.size(1);
+  sizes.back() = packed::columns(weight, 2).expect_int();
   const auto dtype = wide ? accumulation_dtype(x.scalar_type()) : x.scalar_type();
   const Tensor y = empty_large(sizes, x.options().dtype(dtype));
   if (y.numel() == 0) return y;

@@ -18,7 +18,7 @@
 #include "cpu/scratch.h"
 #include "ops/common.h"
 #include "ops/large_memory.h"
-#include "ops/packed_layout.h"
+#include "ops/packed_weight.h"
 
 namespace glam::cpu {
 namespace {
@@ -50,7 +50,7 @@ struct Logits {
         logit_cap(logit_cap_),
         vocab_start(vocab_start_) {}
   int64_t num_tokens() const { return hidden.size(0); }
-  int64_t columns() const { return embedding.dim() == 3 ? embedding.size(0) * kStripColumns : embedding.size(0); }
+  int64_t columns() const { return packed::table_rows(embedding).expect_int(); }
   Precision precision() const { return precision_of(hidden.scalar_type()); }
   Logits tokens(int64_t first, int64_t count) const {
     return {hidden.narrow(0, first, count), embedding, targets.narrow(0, first, count), scale, logit_cap, vocab_start};
@@ -70,9 +70,9 @@ struct Logits {
   }
   // Such values of columns [column, column + columns).
   Product product(int64_t column, int64_t columns) const {
-    const bool packed = embedding.dim() == 3;
-    const Operand b = packed ? outer_columns(embedding.narrow(0, column / kStripColumns, columns / kStripColumns))
-                             : outer_rows(embedding.narrow(0, column, columns));
+    const bool is_packed = packed::is_packed(embedding, 2);
+    const Operand b = is_packed ? outer_columns(embedding.narrow(0, column / kStripColumns, columns / kStripColumns))
+                                : outer_rows(embedding.narrow(0, column, columns));
     return {.a = outer_rows(hidden), .b = b, .c = {}, .m = num_tokens(), .n = columns, .k = hidden.size(1)};
   }
 };

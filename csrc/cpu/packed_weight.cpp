@@ -11,7 +11,6 @@
 
 #include "cpu/scratch.h"
 #include "ops/large_memory.h"
-#include "ops/packed_layout.h"
 
 namespace glam::cpu {
 namespace {
@@ -39,7 +38,7 @@ void load_strip(const Tensor& matrix, int64_t column, float* values) {
 void round_strip(const float* values, int64_t K, at::BFloat16* strip) {
   for (int64_t k = 0; k < K; ++k) {
     for (int64_t n = 0; n < kStripColumns; ++n) {
-      strip[k / 2 * 2 * kStripColumns + 2 * n + k % 2] = static_cast<at::BFloat16>(values[k * kStripColumns + n]);
+      strip[packed::bf16_index(k, n)] = static_cast<at::BFloat16>(values[k * kStripColumns + n]);
     }
   }
 }
@@ -64,7 +63,7 @@ void quantise_strip(const float* values, int64_t K, int8_t* strip) {
   for (int64_t k = 0; k < K; ++k) {
     for (int64_t n = 0; n < kStripColumns; ++n) {
       const float value = inverse[n] == 0 ? 0 : std::nearbyint(values[k * kStripColumns + n] * inverse[n]);
-      strip[(kScaleRows + k) * kStripColumns + n] = static_cast<int8_t>(std::clamp(value, -kLargest, kLargest));
+      strip[packed::int8_index(k, n)] = static_cast<int8_t>(std::clamp(value, -kLargest, kLargest));
     }
   }
 }
@@ -118,10 +117,10 @@ Tensor unpack_weight(const Tensor& packed) {
         if (packed.scalar_type() == at::kChar) {
           const auto* const data = packed.const_data_ptr<int8_t>() + from;
           weight.mutable_data_ptr<float>()[to + k * N + n] =
-              reinterpret_cast<const float*>(data)[n] * data[(kScaleRows + k) * kStripColumns + n];
+              reinterpret_cast<const float*>(data)[n] * data[packed::int8_index(k, n)];
         } else {
           weight.mutable_data_ptr<at::BFloat16>()[to + k * N + n] =
-              packed.const_data_ptr<at::BFloat16>()[from + k / 2 * 2 * kStripColumns + 2 * n + k % 2];
+              packed.const_data_ptr<at::BFloat16>()[from + packed::bf16_index(k, n)];
         }
       }
     }

@@ -80,7 +80,7 @@ Tensor embedding_meta(const Tensor& ids, const Tensor& table) {
     return at::empty_symint(sizes, table.options());
   }
   sizes.push_back(packed::depth(table));
-  return at::empty_symint(sizes, table.options().dtype(table.scalar_type() == at::kChar ? at::kFloat : at::kBFloat16));
+  return at::empty_symint(sizes, table.options().dtype(packed::value_dtype(table)));
 }
 
 Tensor backward_meta(const Tensor& grad, const Tensor&, SymInt num_rows) {

@@ -107,8 +107,7 @@ struct Forward {
 
 Forward compute(const Tensor& hidden, const Tensor& embedding, const Tensor& targets, const OptionalTensor& weights,
                 const Options& options) {
-  const SymInt rows = packed::is_packed(embedding, 2) ? packed::columns(embedding) : embedding.sym_size(0);
-  const SymInt vocabulary = rows * collectives::group_size(options.group);
+  const SymInt vocabulary = packed::table_rows(embedding) * collectives::group_size(options.group);
   auto [lse, target_logit, logit_sum] = statistics_op().call(hidden, embedding, targets, options.scale,
                                                              options.logit_cap, options.vocab_start, vocabulary);
   if (!options.group.empty()) {

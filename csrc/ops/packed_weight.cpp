@@ -10,7 +10,6 @@
 #include <ATen/ops/empty.h>
 
 #include "glam/ops.h"
-#include "ops/packed_layout.h"
 
 namespace glam {
 
@@ -21,6 +20,7 @@ SymInt packed::columns(const Tensor& weight) { return weight.sym_size(-3) * kStr
 SymInt packed::columns(const Tensor& weight, int64_t plain_dim) {
   return is_packed(weight, plain_dim) ? columns(weight) : weight.sym_size(-1);
 }
+SymInt packed::table_rows(const Tensor& table) { return is_packed(table, 2) ? columns(table) : table.sym_size(0); }
 
 void packed::check_weight(const char* op, const char* name, const Tensor& weight, const char* letters,
                           const std::vector<SymInt>& shape, const Tensor& x) {
@@ -90,7 +90,7 @@ packed::Shape packed::unpacked_shape(const Tensor& packed) {
                   packed.sym_sizes());
   auto sizes = packed.sym_sizes().slice(0, packed.dim() - 3).vec();
   sizes.insert(sizes.end(), {depth(packed), columns(packed)});
-  return {std::move(sizes), is_int8 ? at::kFloat : at::kBFloat16};
+  return {std::move(sizes), value_dtype(packed)};
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "ops/common.h"
+#include "ops/packed_layout.h"
 
 namespace glam::packed {
 
@@ -17,6 +18,17 @@ SymInt columns(const Tensor& weight);
 
 // The last size of a weight of plain_dim dimensions, packed or not.
 SymInt columns(const Tensor& weight, int64_t plain_dim);
+// V of a table [V, D], plain or packed from its transpose.
+SymInt table_rows(const Tensor& table);
+
+// Of the numbers that a packed weight stands for.
+inline at::ScalarType value_dtype(const Tensor& weight) {
+  return weight.scalar_type() == at::kChar ? at::kFloat : at::kBFloat16;
+}
+
+// Where a strip has (k, column), in elements.
+inline int64_t bf16_index(int64_t k, int64_t column) { return k / 2 * 2 * kStripColumns + 2 * column + k % 2; }
+inline int64_t int8_index(int64_t k, int64_t column) { return (kScaleRows + k) * kStripColumns + column; }
 
 // Checks a weight that meets x: of the plain `shape` (-1: any size) and a dtype that x may meet, or packed from such a one.
 void check_weight(const char* op, const char* name, const Tensor& weight, const char* letters,
