@@ -69,7 +69,7 @@ class TokenFolder::Array {
         bytes != rows * columns * item_size_) {
       refuse(path_, "its size and its shape do not agree");
     }
-    if (verify == Verify::kHashes && sha256({file_.data(), file_.size()}) != entry.at("sha256")) {
+    if (verify == Verify::kHashes && sha256({file_.data(), file_.size()}) != entry.at("sha256").get<std::string>()) {
       refuse(path_, "damaged, its content does not match the hash in manifest.json");
     }
   }
