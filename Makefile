@@ -2,6 +2,8 @@
 # make test    build and run the fast tests                        make bench   the benchmarks
 # make test-all  also the slow ones (wheels, fault loops, demo)    make dev     build in place, for work on the sources
 # make sanitize  the ops' tests with address and undefined behaviour sanitizers (gcc)
+# make test-cuda  the CUDA kernels without a GPU: emulated, checked for races, compiled by nvcc
+# make cuda-env  an environment .venv-cuda with a CUDA build of torch and the whole extension compiled for it
 #
 # Everything is installed into .venv. A machine needs python3 >= 3.10 with venv and headers, a C++20 compiler and make.
 # Another torch: make test TORCH="torch==2.12.1". Fewer compile jobs: MAX_JOBS=1.
@@ -13,11 +15,11 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SOURCES := $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name '*.in') \
+SOURCES := $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') \
 	$(wildcard glam_ext/functional.py) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format bench sanitize dev clean
+.PHONY: demo test test-all test-cuda cuda-env lint format bench sanitize dev clean
 
 dev: $(VENV)/.built
 
@@ -30,19 +32,36 @@ test: $(VENV)/.built
 test-all: $(VENV)/.built
 	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
+test-cuda: $(VENV)/.built
+	$(PY) -m pytest -m "slow or not slow" tests/cuda $(PYTEST_ARGS)
+
+# Built from a copy, as build/cmake belongs to the other environment. CUDA_HOME's toolkit should be of torch's CUDA version.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_HOME ?= /usr/local/cuda
+CUDA_SOURCE := build/cuda-env
+
+cuda-env:
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet "setuptools>=77" wheel "cmake>=3.24" ninja nlohmann-json numpy $(CUDA_TORCH)
+	mkdir -p $(CUDA_SOURCE)
+	git ls-files -z | tar -c --null -T - | tar -x -C $(CUDA_SOURCE)
+	CUDA_HOME=$(CUDA_HOME) GLAM_CMAKE_ARGS="-DGLAM_CUDA=ON" \
+	  .venv-cuda/bin/python -m pip install --no-build-isolation "$(CUDA_SOURCE)[test]"
+	cd $(CUDA_SOURCE)/tests && $(abspath .venv-cuda/bin/glam) doctor
+
 lint: $(VENV)/.installed
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.installed
-	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.built
-	@for script in $(filter-out $(addprefix benchmarks/,common.py ranks.py reference_rates.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out $(addprefix benchmarks/,common.py gpu.py ranks.py reference_rates.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 # The ops' tests on a build with the sanitizers, in a copy: Python finds the package beside the tests it runs.
 SANITIZED := build/sanitize/package

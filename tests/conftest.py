@@ -13,6 +13,10 @@ import torch
 
 import glam_ext
 
+# The emulated CUDA kernels (csrc/cuda/emulator) take the place of the CPU's where this names their library.
+if library := os.environ.get("GLAM_TEST_LIBRARY"):
+    torch.ops.load_library(library)
+
 
 def pytest_report_header() -> list[str]:
     info = glam_ext.build_info()

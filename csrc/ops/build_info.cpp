@@ -5,12 +5,14 @@
 #include <ATen/Parallel.h>
 
 #include <set>
+#include <sstream>
 #include <thread>
 
 #include "cpu/isa.h"
 
-#if !defined(GLAM_VERSION) || !defined(GLAM_TORCH_VERSION) || !defined(GLAM_CUDA_REASON)
-#error "GLAM_VERSION, GLAM_TORCH_VERSION and GLAM_CUDA_REASON are defined by CMakeLists.txt"
+#if !defined(GLAM_VERSION) || !defined(GLAM_TORCH_VERSION) || !defined(GLAM_CUDA_REASON) || \
+    !defined(GLAM_CUDA_ARCHITECTURES)
+#error "GLAM_VERSION, GLAM_TORCH_VERSION, GLAM_CUDA_REASON and GLAM_CUDA_ARCHITECTURES are defined by CMakeLists.txt"
 #endif
 
 namespace glam {
@@ -24,6 +26,14 @@ std::string compiler_name() {
 #else
   return "unknown";
 #endif
+}
+
+// None where CUDA is absent, however many were asked for.
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> names;
+  std::istringstream list(*GLAM_CUDA_REASON ? "" : GLAM_CUDA_ARCHITECTURES);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  return names;
 }
 
 // Without -fopenmp, at::parallel_for compiles to a plain loop and nothing says so: count the threads that show up.
@@ -46,9 +56,9 @@ BuildInfo build_info() {
       .torch_version = GLAM_TORCH_VERSION,
       .compiler = compiler_name(),
       .cxx_standard = __cplusplus,
-      .cuda = false,
+      .cuda = *GLAM_CUDA_REASON == 0,
       .cuda_reason = GLAM_CUDA_REASON,
-      .cuda_architectures = {},
+      .cuda_architectures = cuda_architectures(),
       .isa_compiled = compiled_isas(),
       .isa_supported = supported_isas(),
       .isa_active = isa_name(active_isa()),

@@ -21,13 +21,15 @@ from torch import Tensor
 import glam_ext  # noqa: F401  (registers torch.ops.glam)
 
 from .samples import Op, Sample
-from .samples.base import Args, Outputs
+from .samples.base import DEVICE, Args, Outputs, on_device
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+# The kernels under test are CUDA's: on a GPU, or emulated behind the CPU's key (csrc/cuda/emulator).
+CUDA_KERNELS = DEVICE != "cpu" or "GLAM_TEST_LIBRARY" in os.environ
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, *((torch.float16,) if DEVICE != "cpu" else ()))
 # Largest error of a row relative to that row's norm plus the rows' typical norm: a few roundings of the output and of
 # each operand that enters a product, sums being kept in float32.
-VALUE_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
+VALUE_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def as_tuple(outputs: Any) -> Outputs:
@@ -202,7 +204,7 @@ def check_double_backward(op: Op, sample: Sample) -> None:
 def check_opcheck(op: Op, sample: Sample) -> None:
     # opcheck sends gradients to every floating output; where one refuses that, test_compile covers the backward.
     args = require_grad(sample) if op.differentiable and not op.refuses_gradients else sample.args
-    torch.library.opcheck(getattr(torch.ops.glam, op.name).default, args)
+    torch.library.opcheck(getattr(torch.ops.glam, op.name).default, on_device(args))
 
 
 def check_compile(op: Op, sample: Sample, dynamic: bool) -> None:
@@ -248,7 +250,7 @@ def check_torchscript(op: Op, sample: Sample) -> None:
     defaults = tuple(arg.default_value for arg in schema.arguments[len(sample.args) :])
 
     def call(*args: Any) -> Any:
-        return scripted(*args, *defaults)
+        return op.on_device(scripted, *args, *defaults)
 
     assert_same_bits(run(op, sample.args, call), run(op, sample.args), "scripted")
 
@@ -402,6 +404,11 @@ class OpTests:
                 for sample in self.op.samples(size, dtype):
                     cases.append(pytest.param(sample, id=f"{str(dtype)[6:]}-{size}-{sample.name}"))
         without = dict(self.levels_without)
+        if CUDA_KERNELS:
+            without["test_threads"] = "the kernels run on the device"
+            if self.op.library_product_on_cuda:
+                for name in ("test_batch_invariance", "test_strides"):
+                    without[name] = "on CUDA its products are the library's, whose bits follow shapes and strides"
         if not self.op.differentiable:
             for name in ("test_gradients", "test_gradcheck", "test_double_backward"):
                 without[name] = f"glam::{self.op.name} has no gradient"

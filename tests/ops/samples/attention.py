@@ -110,6 +110,7 @@ RELATIVE_ATTENTION = Op(
     _attention_samples,
     alone=_attention_alone,
     row=first_dim_row,
+    library_product_on_cuda=True,
 )
 RELATIVE_ATTENTION_STEP = Op(
     "relative_attention_step",
@@ -119,6 +120,7 @@ RELATIVE_ATTENTION_STEP = Op(
     mutated=(3, 4),
     alone=_step_alone,
     row=first_dim_row,
+    library_product_on_cuda=True,
 )
 
 

@@ -86,9 +86,17 @@ def cut_first(args: Args, i: int) -> Args:
     return (args[0][i : i + 1], *args[1:])
 
 
-LINEAR = Op("linear", one_output(routing.linear), _linear_samples, weights=(1,), alone=cut_first, row=first_dim_row)
-LINEAR_WIDE = Op(
-    "linear_wide", one_output(routing.linear), _linear_samples, weights=(1,), alone=cut_first, row=first_dim_row
+LINEAR, LINEAR_WIDE = (
+    Op(
+        name,
+        one_output(routing.linear),
+        _linear_samples,
+        weights=(1,),
+        alone=cut_first,
+        row=first_dim_row,
+        library_product_on_cuda=True,
+    )
+    for name in ("linear", "linear_wide")
 )
 GEGLU_MLP = Op(
     "geglu_mlp", one_output(routing.geglu_mlp), _geglu_samples, weights=(1, 2, 3), alone=cut_first, row=first_dim_row
@@ -156,4 +164,5 @@ LINEAR_CROSS_ENTROPY = Op(
     refuses_gradients=True,
     alone=_loss_alone,
     row=lambda outputs, i: tuple(x[i : i + 1] for x in outputs[1:]),
+    library_product_on_cuda=True,
 )

@@ -1,0 +1,123 @@
+"""The ops' own tests over the emulated CUDA kernels: the kernels' sources and the glue that a GPU build has, behind the
+CPU's dispatch key in a process of their own.
+
+One test per file of tests/ops. Left out are levels that cannot differ (compile, export, TorchScript go through Meta and
+Autograd alone) and tests of what the CPU kernels alone promise: errors for indices out of range, packed weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .emulated import CUDA_INCLUDE, ROOT, compiler
+
+LEVELS = "test_reference or test_gradients or test_gradcheck or test_poison or test_strides or test_batch_invariance"
+FEW = f"({LEVELS}) and (small or edges)"
+# file of tests/ops -> which of its tests; the second by make test-cuda alone.
+OPS = {
+    "top2_gating": (FEW, LEVELS),
+    "routing_plan": (FEW, LEVELS),
+    "dispatch": (FEW, LEVELS),
+    "combine": (FEW, LEVELS),
+    "expert_mlp": (FEW, LEVELS),
+    "moe_mlp": (FEW, LEVELS),
+    "geglu_mlp": (FEW, LEVELS),
+    "rms_norm": (FEW, LEVELS),
+    "embedding": (FEW, LEVELS),
+    "linear": (FEW, LEVELS),
+    "linear_cross_entropy": (FEW, LEVELS),
+    "relative_attention": (FEW, LEVELS),
+    "relative_attention_step": (FEW, LEVELS),
+    "reorder_cache": (FEW, LEVELS),
+    "adafactor": ("not test_bad and not refuse and not threads", "not test_bad and not refuse and not threads"),
+    "ordered_sum": ("not threads and not compile and not export", "not threads"),
+    "router_statistics": ("not bad and not threads", "not bad and not threads"),
+}
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The emulated kernels with their glue, built once."""
+    compiler()  # skips where there is none
+    build = ROOT / "build" / "cuda-emulated"
+    configure = ["cmake", "-S", str(ROOT / "csrc/cuda/emulator"), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DCUDA_INCLUDE_DIR={CUDA_INCLUDE}"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+    for command in (configure, ["cmake", "--build", str(build), "--parallel", jobs]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return build / "libglam_cuda_emulated.so"
+
+
+def run_op_tests(library: Path, op: str, chosen: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/test_{op}.py", "-k", chosen]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GLAM_TEST_LIBRARY": str(library), "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op(library: Path, op: str) -> None:
+    run_op_tests(library, op, OPS[op][0], GLAM_EMULATOR_SEED="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("op", OPS)
+def test_op_in_every_order(library: Path, op: str, order: str) -> None:
+    run_op_tests(library, op, OPS[op][1], GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
+
+
+LAUNCHES = """
+import ctypes, json, sys
+import torch, glam_ext
+torch.ops.load_library(sys.argv[1])
+emulator, glam = ctypes.CDLL(sys.argv[1]), torch.ops.glam
+emulator.glam_emulator_report.restype = ctypes.c_char_p
+
+def launches(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(40, 6, generator=generator)
+    if seed == 1:
+        logits[:, 2] += 100  # all tokens to one expert
+    x = torch.randn(40, 8, generator=generator).requires_grad_()
+    weights = [torch.randn(*s, generator=generator).requires_grad_() for s in ((6, 8, 5), (6, 5, 8))]
+    table = torch.randn(9, 8, generator=generator).requires_grad_()
+    ids = torch.randint(9, (40,), generator=generator) * (seed != 1)
+    emulator.glam_emulator_start_counting()
+    gates, experts, positions, aux = glam.top2_gating(logits.requires_grad_(), None, None, 20, 4)
+    plan = glam.routing_plan(experts, positions, 6)
+    y = glam.moe_mlp(x + glam.embedding(ids, table), gates, *plan, *weights, None, "gelu")
+    y = glam.combine(glam.dispatch(glam.rms_norm(y, torch.ones(8)), *plan), gates, *plan)
+    loss, _, _ = glam.linear_cross_entropy(y, table, ids, None)
+    (loss + aux.sum()).backward()
+    return [(l["kernel"], l["grid"], l["block"]) for l in json.loads(emulator.glam_emulator_report())["launches"]]
+
+print(json.dumps([launches(seed) for seed in (0, 1, 2)]))
+"""
+
+
+def test_launches_depend_on_shapes_alone(library: Path) -> None:
+    """What a CUDA graph needs: the same kernels with the same grids whatever the routing, also all to one expert."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES, str(library)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, *others = json.loads(done.stdout.splitlines()[-1])
+    assert len(first) > 20
+    for other in others:
+        assert other == first
