@@ -56,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="--section.field=value replaces a field of the file, for instance --run.steps=100",
     )
     parser.add_argument("config", help="a TOML file, for instance one of recipes/configs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the same as --run.device")
     parser.add_argument("--dry-run", action="store_true", help="check the configuration and the data, train nothing")
     arguments, overrides = parser.parse_known_args(argv)
+    if arguments.device:
+        overrides = [*overrides, f"--run.device={arguments.device}"]
     warnings.simplefilter("always")
     try:
         return train(arguments.config, overrides, arguments.dry_run)

@@ -27,6 +27,7 @@ class RunSection:
     steps: int  # updates, skipped ones included
     folder: str = "runs"
     seed: int = 0  # of the initial weights, the data order and the random routing policies
+    device: str = "cpu"  # or cuda: each process takes the GPU of its LOCAL_RANK
     threads: int = 0  # 0: what torch takes by itself; the bits of a run do not depend on it
     log_interval: int = 10  # steps per log line
     tensorboard: bool = False  # also write FOLDER/NAME/tb
@@ -186,6 +187,7 @@ def _check_run(run: RunSection) -> None:
     _require(named, "run.name", "the name of a folder, without slashes", repr(run.name))
     _require(run.steps >= 1, "run.steps", "at least 1", run.steps)
     _require(run.log_interval >= 1, "run.log_interval", "at least 1", run.log_interval)
+    _choose("run.device", run.device, ("cpu", "cuda"))
     _require(run.threads >= 0, "run.threads", "at least 0 (0: torch's choice)", run.threads)
     _require(0 <= run.seed < 2**63, "run.seed", "in [0, 2^63)", run.seed)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from glam_ext.checkpoint import (
 from glam_ext.counts import count_parameters, flops_per_token
 from glam_ext.data import BatchSampler, DataError, TokenFolder
 from glam_ext.distributed import GradientReducer, init_mesh
+from glam_ext.doctor import build_info
 from glam_ext.evaluation.heldout import HeldOutLoss, evaluate
 from glam_ext.model import GLaM
 from glam_ext.training.config import ConfigError, TrainingConfig
@@ -54,6 +56,8 @@ from glam_ext.training.toml_files import differences, load_config, to_toml
 
 # A forward pass multiplies once per weight, the backward pass twice.
 TRAINING_OVER_FORWARD = 3
+# The side of the matrices whose product is the measure of utilisation.
+GEMM_SIZES = {"cpu": 1024, "cuda": 8192}
 # Fields of the model that may change when a run is resumed: they do not change what is computed.
 RESUMABLE_MODEL_FIELDS = ("recompute",)
 
@@ -67,6 +71,7 @@ class TrainingRun:
 
     def __init__(self, config: TrainingConfig, log: Callable[[str], None] = print) -> None:
         self.config = config
+        self.device = _take_device(config.run.device)
         try:
             self.mesh = init_mesh(config.parallel.expert, config.parallel.timeout_seconds)
         except ValueError as error:
@@ -84,6 +89,7 @@ class TrainingRun:
         self.model = GLaM(
             config.model,
             seed=config.run.seed,
+            device=self.device,
             expert_group=expert_group,
             exchange_chunks=config.parallel.exchange_chunks if expert_group else 1,
         )
@@ -93,7 +99,7 @@ class TrainingRun:
         self.sampler = BatchSampler(
             self.data, config.data.batch_size, config.run.seed, config.data.shuffle, mesh.rank, mesh.world_size
         )
-        self.window = MetricWindow(config.model.num_moe_layers, config.model.num_experts)
+        self.window = MetricWindow(config.model.num_moe_layers, config.model.num_experts, self.device)
         self.step = 0
         self.tokens = 0
         self.folder = config.run_folder
@@ -285,7 +291,8 @@ class TrainingRun:
         """
         if not self._folder_is_open:
             self.resume()
-        self._gemm_rate = dense_gemm_rate(getattr(torch, self.config.model.compute_dtype))
+        dtype = getattr(torch, self.config.model.compute_dtype)
+        self._gemm_rate = dense_gemm_rate(dtype, self.device, GEMM_SIZES[self.device.type])
         self.log(self._description())
         self.model.train()
         # In this order: torchrun sends SIGTERM to all when one is gone, and who is to say which must not die of it.
@@ -409,10 +416,29 @@ class TrainingRun:
 
     def _layout(self) -> str:
         threads = f"{torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            threads = f"{torch.cuda.get_device_name(self.device)} and {threads}"
         if self.mesh.world_size == 1:
             return threads
         data, expert = self.mesh.axis_size("data"), self.mesh.axis_size("expert")
         return f"{self.mesh.world_size} processes ({data} data x {expert} expert) of {threads}"
+
+
+def _take_device(kind: str) -> torch.device:
+    """The device of this process, made the current one."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    cuda = build_info()["backends"]["cuda"]
+    if not cuda["built"]:
+        raise ConfigError(f'run.device: is "cuda", but glam_ext was built without CUDA kernels: {cuda["reason"]}')
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f'run.device: is "cuda", but torch finds {count} GPUs for process {index} of this machine; start no more '
+            "processes than GPUs (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _no_log(_: str) -> None:

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from glam_ext import GLaMConfig
-from glam_ext.training import ConfigError, decode, load_config, to_tables, to_toml
+from glam_ext.training import ConfigError, TrainingRun, decode, load_config, to_tables, to_toml
 
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("recipes", "configs").glob("*.toml"))
 
@@ -111,6 +112,7 @@ def test_overrides_are_read_by_the_type_of_their_field(file):
         ("--model.preset=huge", r"\[model\] .*huge"),
         ("--run.steps=0", r"run.steps: expected at least 1, got 0"),
         ("--run.name=a/b", r"run.name: expected the name of a folder, without slashes, got 'a/b'"),
+        ("--run.device=tpu", r'run.device: expected one of "cpu", "cuda", got "tpu"'),
         ("--run.seed=-1", r"run.seed: expected in \[0, 2\^63\), got -1"),
         ("--parallel.expert=3", r"parallel.expert: expected a divisor of model.num_experts = 4, got 3"),
         ("--parallel.expert=0", r"parallel.expert: expected at least 1, got 0"),
@@ -125,6 +127,14 @@ def test_overrides_are_read_by_the_type_of_their_field(file):
 def test_mistakes_are_named_with_their_remedy(file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(file, [override])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_named(config_file):
+    with pytest.raises(
+        ConfigError, match=r'run.device: is "cuda", but (glam_ext was built without|torch finds 0 GPUs)'
+    ):
+        TrainingRun(load_config(config_file, ["--run.device=cuda"]))
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,17 @@ __device__ __forceinline__ Struct& shared_storage() {
   return *reinterpret_cast<Struct*>(glam_shared_memory);
 }
 
+// Where in the source an access stands. The emulator names it in errors and counts by it; a GPU has no use for it.
+struct Here {
+  static __host__ __device__ constexpr Here current() { return {}; }
+};
+
 template <class T>
-__device__ __forceinline__ T load(const T* pointer) {
+__device__ __forceinline__ T load(const T* pointer, Here = Here::current()) {
   return *pointer;
 }
 template <class T>
-__device__ __forceinline__ void store(T* pointer, T value) {
+__device__ __forceinline__ void store(T* pointer, T value, Here = Here::current()) {
   *pointer = value;
 }
 

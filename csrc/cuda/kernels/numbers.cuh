@@ -47,12 +47,12 @@ struct alignas(16) Vector {
 };
 
 template <class T>
-__device__ __forceinline__ Vector<T> load_vector(const T* pointer) {
-  return load(reinterpret_cast<const Vector<T>*>(pointer));
+__device__ __forceinline__ Vector<T> load_vector(const T* pointer, Here here = Here::current()) {
+  return load(reinterpret_cast<const Vector<T>*>(pointer), here);
 }
 template <class T>
-__device__ __forceinline__ void store_vector(T* pointer, const Vector<T>& vector) {
-  store(reinterpret_cast<Vector<T>*>(pointer), vector);
+__device__ __forceinline__ void store_vector(T* pointer, const Vector<T>& vector, Here here = Here::current()) {
+  store(reinterpret_cast<Vector<T>*>(pointer), vector, here);
 }
 
 // Sums over the lanes of a warp in the order of a butterfly: the same bits in every lane.
