@@ -21,6 +21,8 @@ from .emulated import CUDA_INCLUDE, ROOT, compiler
 
 LEVELS = "test_reference or test_gradients or test_gradcheck or test_poison or test_strides or test_batch_invariance"
 FEW = f"({LEVELS}) and (small or edges)"
+# Of files that have tests of their own instead.
+WITHOUT_LEVELS = "not bad and not refus and not raises and not compile and not export and not opcheck and not threads"
 # file of tests/ops -> which of its tests; the second by make test-cuda alone.
 OPS = {
     "top2_gating": (FEW, LEVELS),
@@ -37,9 +39,10 @@ OPS = {
     "relative_attention": (FEW, LEVELS),
     "relative_attention_step": (FEW, LEVELS),
     "reorder_cache": (FEW, LEVELS),
-    "adafactor": ("not test_bad and not refuse and not threads", "not test_bad and not refuse and not threads"),
-    "ordered_sum": ("not threads and not compile and not export", "not threads"),
-    "router_statistics": ("not bad and not threads", "not bad and not threads"),
+    "adafactor": (WITHOUT_LEVELS, WITHOUT_LEVELS),
+    "ordered_sum": (WITHOUT_LEVELS, WITHOUT_LEVELS),
+    "router_statistics": (WITHOUT_LEVELS, WITHOUT_LEVELS),
+    "sampling": (WITHOUT_LEVELS, WITHOUT_LEVELS),
 }
 
 

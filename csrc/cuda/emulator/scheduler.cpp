@@ -57,7 +57,6 @@ struct Meeting {
   const char* operation = nullptr;
   Location place;
   Slot slots[2][kLanes];
-  char tags[2];
 };
 
 // Every meeting under way keeps a lane busy, so that one is left for the lane that asks. The host allocates them, as
@@ -73,7 +72,14 @@ struct Barrier {
   int value = 0, results[2];
   const char* operation = nullptr;
   Location place;
-  char tags[2];
+};
+
+// Where the threads of one block hand on what they wrote: at its barrier and at its warps' meetings, by generation.
+// Every block has its own. A tag remembers all that was ever handed on through it, so blocks that shared one would be
+// ordered.
+struct Tags {
+  char barrier[2];
+  char meetings[kMaxThreads / kLanes][kLanes][2];
 };
 
 // Threads that can run.
@@ -142,7 +148,6 @@ Arena make_arena(size_t bytes) {
 
 // Everything about the launch that runs; one at a time.
 struct Machine {
-  std::mutex mutex;
   Order order;
   uint64_t random_state;
   const std::function<void()>* body = nullptr;
@@ -153,6 +158,7 @@ struct Machine {
   size_t size = 0;  // threads of a block
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barrier;
+  std::vector<std::unique_ptr<Tags>> tags;  // of the launch's blocks; the last one's are in use
   ReadyQueue ready;
   Thread* running = nullptr;
   char launched, ended, fenced;  // tags: host to threads, threads to host, threads to threads
@@ -164,6 +170,8 @@ struct Machine {
     return random_state >> 16;
   }
 };
+
+std::mutex one_launch;  // there from the start, for ThreadSanitizer, which does not see how machine() is made
 
 // Never destroyed: fibers may not be unmade after the sanitizers have closed.
 Machine& machine() {
@@ -315,6 +323,7 @@ void start_block(const Launch& launch, size_t block) {
   for (auto& warp : m.warps) {
     for (unsigned i = 0; i < warp->used; ++i) warp->meetings[i].arrived = warp->meetings[i].unread = 0;
   }
+  if (kRacesAreWatched || m.tags.empty()) m.tags.push_back(std::make_unique<Tags>());
   m.ready.clear(m.size);
   for (size_t i = 0; i < m.size; ++i) {
     Thread& thread = m.threads[i];
@@ -393,8 +402,8 @@ struct BlockOrder {
 void run(const Launch& launch, const std::function<void()>& body) {
   static thread_local bool inside = false;
   if (inside) fail("a kernel cannot launch another", launch.where);
+  const std::lock_guard lock(one_launch);
   Machine& m = machine();
-  const std::lock_guard lock(m.mutex);
   m.kernel = kernel_name(launch.kernel);
   check(launch, m.kernel);
   counters::count_launch(m.kernel, launch);
@@ -417,8 +426,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
   };
   const Inside guard;
   order_before(m.launched);
-  std::vector<Arena>
-      arenas;  // where races are watched one per block, all kept until the end: reuse would look like one
+  std::vector<Arena> arenas;  // where races are watched one per block, kept to the end: reuse would look like a race
   const BlockOrder blocks(size_t(launch.grid.x) * launch.grid.y * launch.grid.z);
   for (size_t i = 0; i < blocks.count && m.error.empty(); ++i) {
     if (arenas.empty() || kRacesAreWatched) arenas.push_back(make_arena(launch.shared_bytes));
@@ -434,6 +442,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
     }
   }
   order_after(m.ended);
+  m.tags.clear();
   if (!m.error.empty()) {
     m.fibers.clear();  // their stacks hold threads that will never go on
     throw std::runtime_error("glam emulator: " + m.kernel + ", " + m.error);
@@ -478,7 +487,8 @@ int barrier(Vote vote, int value, Location here) {
   b.operation = operation;
   b.place = here;
   const unsigned generation = b.generation % 2;
-  order_before(b.tags[generation]);
+  char& tag = m.tags.back()->barrier[generation];
+  order_before(tag);
   if (++b.arrived == m.size) {
     b.results[generation] = vote == Vote::any ? b.value != 0 : b.value;
     b.arrived = 0;
@@ -489,7 +499,7 @@ int barrier(Vote vote, int value, Location here) {
   } else {
     wait(self, operation, 0, here);
   }
-  order_after(b.tags[generation]);
+  order_after(tag);
   return b.results[generation];
 }
 
@@ -528,7 +538,9 @@ const Slot* exchange(unsigned mask, const Slot& slot, const char* operation, Loc
   const unsigned generation = meeting.generation % 2;
   meeting.slots[generation][lane] = slot;
   meeting.arrived |= 1u << lane;
-  if (orders_memory) order_before(meeting.tags[generation]);
+  const size_t number = &meeting - m.warps[self.position.warp]->meetings.data();
+  char& tag = m.tags.back()->meetings[self.position.warp][number][generation];
+  if (orders_memory) order_before(tag);
   if (meeting.arrived == mask) {
     meeting.arrived = 0;
     ++meeting.generation;
@@ -542,7 +554,7 @@ const Slot* exchange(unsigned mask, const Slot& slot, const char* operation, Loc
     wait(self, operation, mask, here);
     --meeting.unread;
   }
-  if (orders_memory) order_after(meeting.tags[generation]);
+  if (orders_memory) order_after(tag);
   return meeting.slots[generation];
 }
 
