@@ -79,7 +79,7 @@ class Builder:
         kernel_flags, emulator_flags = SANITIZERS[sanitizer]
         jobs = []
         for source in sorted(EMULATOR.glob("*.cpp")):
-            depends = emulator_flags and source.stem in ("fiber", "scheduler")
+            depends = emulator_flags and source.stem in ("fiber", "meetings", "reports", "scheduler")
             jobs.append((source, emulator_flags if depends else [], sanitizer if depends else "any"))
         kind = sanitizer if kernel_flags else "any"
         jobs += [(HERE / kernel, kernel_flags, kind) for kernel in kernels]

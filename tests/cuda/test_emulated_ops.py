@@ -20,7 +20,7 @@ import torch
 from .emulated import CUDA_INCLUDE, ROOT, compiler
 
 LEVELS = "test_reference or test_gradients or test_gradcheck or test_poison or test_strides or test_batch_invariance"
-FEW = f"({LEVELS}) and (small or edges)"
+FEW = f"({LEVELS}) and (small or edges) and not gradcheck"  # which is thousands of launches
 # Of files that have tests of their own instead.
 WITHOUT_LEVELS = "not bad and not refus and not raises and not compile and not export and not opcheck and not threads"
 # file of tests/ops -> which of its tests; the second by make test-cuda alone.

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class S>
 struct RunShared {
-  S sums[kThreads][16 / sizeof(S)];
+  Vector<S> sums[kThreads];
 };
 
 // A block for each border between chunks; it works where a run crosses that border and no earlier one. Lane l of the
@@ -144,13 +144,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < size; ++k) sum[k] += part[k];
     }
   }
+  Vector<S> own;
 #pragma unroll
-  for (int k = 0; k < size; ++k) store(&shared.sums[threadIdx.x][k], sum[k]);
+  for (int k = 0; k < size; ++k) own[k] = sum[k];
+  store(&shared.sums[threadIdx.x], own);
   __syncthreads();
   if (lane > 0 || column >= D) return;
   for (int other = 1; other < kLanes; ++other) {
+    const Vector<S> others = load(&shared.sums[other * threads + thread]);
 #pragma unroll
-    for (int k = 0; k < size; ++k) sum[k] += load(&shared.sums[other * threads + thread][k]);
+    for (int k = 0; k < size; ++k) sum[k] += others[k];
   }
   T* const row_D = grad_table_VD + id * D;
 #pragma unroll

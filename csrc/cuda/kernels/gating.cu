@@ -50,6 +50,7 @@ struct Probabilities {
   Acc p[per_lane];
   int E, lane;
 
+  __device__ Probabilities(int E_, int lane_) : E(E_), lane(lane_) {}
   __device__ int expert(int i) const { return lane + kWarp * i; }
 
   // False, in all lanes, if a logit is not finite; p is 0 then.
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t t = begin; t < end; ++t) {
     const T* const logits_E = logits_TE + t * E;
     const bool real = !mask_T || load(mask_T + t);
-    Probabilities<Acc, per_lane> probabilities{.E = E, .lane = lane};
+    Probabilities<Acc, per_lane> probabilities(E, lane);
     int first = 0, second = E > 1 ? 1 : 0;
     Acc gate_first = 0, gate_second = 0;
     bool wants_second = real;
@@ -334,7 +335,7 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= problem.T) return;
   const int32_t position_first = load(positions_T2 + 2 * t), position_second = load(positions_T2 + 2 * t + 1);
   const int first = load(ids_T2 + 2 * t), second = load(ids_T2 + 2 * t + 1);
-  Probabilities<Acc, per_lane> probabilities{.E = E, .lane = lane};
+  Probabilities<Acc, per_lane> probabilities(E, lane);
   const bool finite = probabilities.softmax(logits_TE + t * E);
   const bool known = first >= 0 && first < E && second >= 0 && second < E;
 
