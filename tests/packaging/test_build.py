@@ -99,9 +99,12 @@ def test_wide_kernels_share_no_symbol_with_other_objects(isa: str) -> None:
         assert not foreign, f"{path.name} compiled for {isa} defines symbols outside glam::cpu::{isa}"
 
 
+SOURCES = (".cpp", ".h", ".cu", ".cuh")
+
+
 def includes(folder: str) -> list[tuple[Path, str]]:
     """(file, included header) of every C++ source below csrc/folder."""
-    files = [path for path in sorted((ROOT / "csrc" / folder).rglob("*")) if path.suffix in (".cpp", ".h")]
+    files = [path for path in sorted((ROOT / "csrc" / folder).rglob("*")) if path.suffix in SOURCES]
     assert files, f"no source in csrc/{folder}"
     return [(path, name) for path in files for name in re.findall(r'^#include [<"](.*)[>"]', path.read_text(), re.M)]
 
@@ -114,7 +117,14 @@ def test_op_files_include_light_headers_only() -> None:
 
 def test_kernel_files_include_no_torch_header() -> None:
     prefixes = ("torch/", "ATen/", "c10/")
-    assert not [(path.name, name) for path, name in includes("cpu/kernels") if name.startswith(prefixes)]
+    kernels = [*includes("cpu/kernels"), *includes("cuda/kernels"), *includes("cuda/emulator")]
+    assert not [(path.name, name) for path, name in kernels if name.startswith(prefixes)]
+
+
+@pytest.mark.parametrize(("folder", "others"), [("cpu", ("cuda/",)), ("cuda", ("cpu/",)), ("ops", ("cpu/", "cuda/"))])
+def test_kinds_of_kernels_do_not_know_each_other_and_ops_know_none(folder: str, others: tuple[str, ...]) -> None:
+    allowed = {"cpu/isa.h"}  # what build_info says of the CPU
+    assert not [(p.name, n) for p, n in includes(folder) if n.startswith(others) and n not in allowed]
 
 
 def test_installed_headers_stand_alone() -> None:
