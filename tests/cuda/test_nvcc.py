@@ -53,8 +53,8 @@ def test_a_kernel_with_local_memory_is_refused(tmp_path: Path) -> None:
     assert OPTIONS is not None
     source = tmp_path / "spills.cu"
     source.write_text(
-        "__global__ void kernel(float* x, int i) { float a[64]; for (int k = 0; k < 64; ++k) a[k] = x[k * 7]; "
-        "x[0] = a[i] + a[i * 3 % 64]; }"
+        "__global__ void kernel(float* x, int i) { float a[64] = {}; "
+        "for (int k = 0; k < 64; ++k) a[k * i & 63] += x[k]; for (int k = 0; k < 64; ++k) x[k] = a[k]; }"
     )
     command = [nvcc(), "-O3", *OPTIONS[1].split(), "-gencode=arch=compute_90a,code=sm_90a", "-c", str(source)]
     done = subprocess.run([*command, "-o", str(tmp_path / "spills.o")], capture_output=True, text=True)
