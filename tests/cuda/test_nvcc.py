@@ -1,10 +1,9 @@
-"""nvcc compiles every kernel for every architecture, with spilled registers and local memory as errors.
-
-Where the disassembler is at hand, the machine code is read too: copies of rows must be 16 bytes wide.
-"""
+"""nvcc compiles every kernel for every architecture, with spilled registers and local memory as errors; the machine
+code of the row copies moves 16 bytes at a time."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -60,3 +59,30 @@ def test_a_kernel_with_local_memory_is_refused(tmp_path: Path) -> None:
     done = subprocess.run([*command, "-o", str(tmp_path / "spills.o")], capture_output=True, text=True)
     assert done.returncode != 0
     assert "Local memory used" in done.stderr
+
+
+def disassembler() -> Path:
+    """cuobjdump of the package nvidia-cuda-cuobjdump, which wants nvdisasm beside it."""
+    package = importlib.util.find_spec("nvidia")
+    for folder in [] if package is None else package.submodule_search_locations or []:
+        for program in sorted(Path(folder).glob("*/bin/cuobjdump")):
+            if program.with_name("nvdisasm").exists():
+                return program
+    pytest.skip("the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm are not installed")
+
+
+@pytest.mark.slow
+def test_rows_are_copied_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+    program = disassembler()
+    compile_kernels(ROOT / "csrc/cuda/kernels/routing.cu", "90a", tmp_path / "routing.o")
+    path = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+    dump = subprocess.run(
+        [program, "-sass", tmp_path / "routing.o"], capture_output=True, text=True, check=True, env=path
+    )
+    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", dump.stdout, re.S))
+    wide = [code for name, code in functions.items() if re.search(r"dispatch_rows.*Vector|combine_rows.*Li8E", name)]
+    assert len(wide) > 4
+    for code in wide:
+        assert "LDG.E.128" in code
+        assert "STG.E.128" in code
+    assert not re.search(r"\b(LDL|STL)\b", dump.stdout)
