@@ -53,8 +53,6 @@ bool takes(const Tensor& q, double logit_cap) {
 }
 }  // namespace efficient
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 // The arguments of one call. q, k, v are contiguous and on a boundary of 16 bytes: [B, N, H, A], [B, L, H, A].
 struct Attention {
   Tensor q, k, v, lines, segments, positions;

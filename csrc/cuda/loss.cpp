@@ -28,8 +28,6 @@ constexpr int64_t kLogitBytes = 128 << 20;
 constexpr int64_t kFewestTokens = 128;  // of a block over the whole vocabulary
 constexpr int64_t kTokens = 4096;       // of a block over a part of it
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 // The size of parts of nearly one size, each at most `most`.
 int64_t part_size(int64_t size, int64_t most) {
   const int64_t parts = std::max<int64_t>(1, (size + most - 1) / most);
