@@ -61,29 +61,34 @@ def library() -> Path:
     return build / "libglam_cuda_emulated.so"
 
 
-def run_op_tests(library: Path, op: str, chosen: str, **environment: str) -> None:
+def run_op_tests(op: str, chosen: str, **environment: str) -> None:
+    """The chosen ones of tests/ops/test_{op}.py, in a process with this environment."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/test_{op}.py", "-k", chosen]
     done = subprocess.run(
         command,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "GLAM_TEST_LIBRARY": str(library), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
 
 
+def run_emulated(library: Path, op: str, chosen: str, **environment: str) -> None:
+    run_op_tests(op, chosen, GLAM_TEST_LIBRARY=str(library), OMP_NUM_THREADS="1", **environment)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_op(library: Path, op: str) -> None:
-    run_op_tests(library, op, OPS[op][0], GLAM_EMULATOR_SEED="1")
+    run_emulated(library, op, OPS[op][0], GLAM_EMULATOR_SEED="1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("op", OPS)
 def test_op_in_every_order(library: Path, op: str, order: str) -> None:
-    run_op_tests(library, op, OPS[op][1], GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
+    run_emulated(library, op, OPS[op][1], GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
 
 
 LAUNCHES = """

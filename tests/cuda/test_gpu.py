@@ -7,8 +7,6 @@ inputs; the PTX wrappers against plain C++; rows exchanged between two GPUs by N
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,7 @@ from glam_ext.data import Corpus, Tokenizer, write_corpus
 from glam_ext.training import TrainingRun, load_config
 
 from .emulated import ROOT
-from .test_emulated_ops import LEVELS, OPS
+from .test_emulated_ops import LEVELS, OPS, run_op_tests
 from .test_nvcc import nvcc
 
 GPUS = torch.cuda.device_count()
@@ -36,15 +34,7 @@ pytestmark = [
 @pytest.mark.parametrize("op", OPS)
 def test_op(op: str) -> None:
     levels = f"{LEVELS} or test_opcheck or test_compile or test_export or test_torchscript or test_double_backward"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/test_{op}.py", "-k", levels],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GLAM_TEST_DEVICE": "cuda"},
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout)
+    run_op_tests(op, levels, GLAM_TEST_DEVICE="cuda")
 
 
 def test_a_layer_in_a_graph_follows_new_inputs() -> None:
