@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <string_view>
 #include <vector>
@@ -30,12 +29,6 @@ constexpr double kExcluded = -0.7 * std::numeric_limits<float>::max();  // logit
 constexpr int32_t kNoSlot = -1;  // masked, or skipped by the policy
 constexpr int32_t kOverCapacity = -2;
 constexpr int32_t kZeroGate = -3;
-
-bool raise_on_nonfinite() {
-  static const char* const value = std::getenv("GLAM_DEBUG_NONFINITE");
-  static const bool raise = value && std::string_view(value) == "1";
-  return raise;
-}
 
 // p = softmax(logits). False (and p undefined) if a logit is not finite.
 template <class Scalar, class Sum>
@@ -79,7 +72,7 @@ void choose(const Problem& problem, int64_t t, const Scalar* logits_E, const dou
   gates_2[0] = gates_2[1] = 0;
   positions_2[0] = positions_2[1] = real ? 0 : kNoSlot;
   if (!softmax(logits_E, E, p_E)) {
-    TORCH_CHECK(!real || !raise_on_nonfinite(),
+    TORCH_CHECK(!real || !checks::raise_on_nonfinite(),
                 "glam::top2_gating: expected logits to be finite (GLAM_DEBUG_NONFINITE=1), got ",
                 "a NaN or an infinity in token ", t);
     ids_2[0] = 0;

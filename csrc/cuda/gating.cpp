@@ -4,7 +4,6 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 
-#include <cstdlib>
 #include <limits>
 #include <string_view>
 
@@ -17,12 +16,6 @@ namespace {
 
 constexpr auto kOp = "glam::top2_gating";
 constexpr auto kBackwardOp = "glam::_top2_gating_backward";
-
-bool raise_on_nonfinite() {
-  static const char* const value = std::getenv("GLAM_DEBUG_NONFINITE");
-  static const bool raise = value && std::string_view(value) == "1";
-  return raise;
-}
 
 // For GLAM_DEBUG_NONFINITE=1 alone: it waits for the device.
 void check_finite(const Tensor& logits, const OptionalTensor& mask) {
@@ -54,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gating(const Tensor& logits_, const O
                                                     : SecondChoice::sampling;
   problem.second_threshold = second_threshold;
   problem.normalize_before_capacity = normalize_before_capacity;
-  if (raise_on_nonfinite()) check_finite(logits_, token_mask);
+  if (checks::raise_on_nonfinite()) check_finite(logits_, token_mask);
 
   const Tensor logits = logits_.contiguous(), mask = token_mask ? token_mask->contiguous() : Tensor();
   const Tensor noise = noise_ ? noise_->contiguous() : Tensor();

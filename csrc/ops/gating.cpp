@@ -8,6 +8,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cstdlib>
+
 #include "glam/ops.h"
 #include "ops/routing.h"
 
@@ -48,6 +50,12 @@ SecondPolicy checks::second_policy(const char* op, std::string_view name) {
   if (name == "random") return SecondPolicy::random;
   TORCH_CHECK(name == "sampling", op, ": expected second_policy to be all, random or sampling, got ", name);
   return SecondPolicy::sampling;
+}
+
+bool checks::raise_on_nonfinite() {
+  static const char* const value = std::getenv("GLAM_DEBUG_NONFINITE");
+  static const bool raise = value && std::string_view(value) == "1";
+  return raise;
 }
 
 void checks::top2_gating(const Tensor& logits, const OptionalTensor& token_mask, const OptionalTensor& noise,

@@ -16,6 +16,9 @@ SymInt num_groups(const char* op, const SymInt& num_tokens, const SymInt& group_
 
 SecondPolicy second_policy(const char* op, std::string_view name);
 
+// GLAM_DEBUG_NONFINITE=1: a logit that is not finite is an error instead of a NaN in the gates.
+bool raise_on_nonfinite();
+
 void top2_gating(const Tensor& logits, const OptionalTensor& token_mask, const OptionalTensor& noise,
                  const SymInt& capacity, std::string_view policy, double second_threshold);
 void top2_gating_backward(const OptionalTensor& grad_gates, const OptionalTensor& grad_aux, const Tensor& logits,
