@@ -29,3 +29,13 @@ endif()
 function(glam_own_sources target)
   target_compile_options(${target} PRIVATE -Wall -Wextra)
 endfunction()
+
+# Reading torch's headers is half of what the glue takes to compile, so they are read once. A cache of objects looks into
+# every header anyway and does without.
+function(glam_precompile_torch target)
+  if(NOT CMAKE_CXX_COMPILER_LAUNCHER)
+    target_precompile_headers(${target} PRIVATE
+        <ATen/Parallel.h> <ATen/core/LegacyTypeDispatch.h> <ATen/core/Tensor.h> <ATen/core/dispatch/Dispatcher.h>
+        <ATen/ops/empty.h> <torch/csrc/autograd/custom_function.h> <torch/library.h>)
+  endif()
+endfunction()
