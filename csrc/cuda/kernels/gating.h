@@ -14,10 +14,10 @@ enum class SecondChoice { all, random, sampling };
 
 struct GatingProblem {
   int64_t T, E, G, group_size;
-  int64_t capacity;  // -1: none
-  SecondChoice second;
-  double second_threshold;
-  bool normalize_before_capacity;
+  int64_t capacity = -1;  // -1: none
+  SecondChoice second = SecondChoice::all;
+  double second_threshold = 0;
+  bool normalize_before_capacity = false;
 
   constexpr int64_t chunks_of_group() const { return (group_size + kGatingChunk - 1) / kGatingChunk; }
   constexpr int64_t chunks() const { return G * chunks_of_group(); }
