@@ -33,19 +33,6 @@ void check_devices(const char* op, const Tensor& grad, std::initializer_list<Opt
   }
 }
 
-// State and weights are written in place through a contiguous view, or copied back.
-class InPlace {
- public:
-  explicit InPlace(const Tensor& original) : original_(original), contiguous_(original.contiguous()) {}
-  void* data() const { return contiguous_.mutable_data_ptr(); }
-  void finish() const {
-    if (!contiguous_.is_same(original_)) original_.copy_(contiguous_);
-  }
-
- private:
-  Tensor original_, contiguous_;
-};
-
 std::tuple<Tensor, Tensor> squares(const Tensor& x_) {
   checks::squared_norm(x_);
   const OnDevice device(x_);

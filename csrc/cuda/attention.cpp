@@ -283,11 +283,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const T
 // there would be multiplied by probabilities of 0, and need not be a number.
 Tensor update_cache(const Tensor& x_, Tensor& cache_, const Tensor& positions, cudaStream_t stream) {
   at::assert_no_internal_overlap(cache_);
-  const Tensor x = x_.contiguous(), cache = cache_.contiguous(), visible = at::empty_like(cache);
-  const int64_t B = x.size(0), N = x.size(1), L = cache.size(1), columns = x.size(2) * x.size(3);
-  write_cache(data(x), type_of(x), B, N, L, columns, indices(positions), mutable_data(cache), stream);
-  if (!cache.is_same(cache_)) cache_.copy_(cache);
-  read_cache(data(cache), type_of(x), B, N, L, columns, indices(positions), mutable_data(visible), stream);
+  const InPlace cache(cache_);
+  const Tensor x = x_.contiguous(), visible = at::empty_like(cache.tensor());
+  const int64_t B = x.size(0), N = x.size(1), L = cache_.size(1), columns = x.size(2) * x.size(3);
+  write_cache(data(x), type_of(x), B, N, L, columns, indices(positions), cache.data(), stream);
+  cache.finish();
+  read_cache(cache.data(), type_of(x), B, N, L, columns, indices(positions), mutable_data(visible), stream);
   return visible;
 }
 

@@ -17,12 +17,12 @@ void reorder(Tensor& cache_, const Tensor& beams_) {
   at::assert_no_internal_overlap(cache_);
   if (cache_.numel() == 0) return;
   const OnDevice device(cache_);
-  const Tensor cache = cache_.contiguous(), beams = beams_.contiguous();
-  const int64_t B = cache.size(0), row_bytes = cache.numel() / B * static_cast<int64_t>(cache.element_size());
-  const Tensor workspace = at::empty({reorder_workspace_bytes(B)}, cache.options().dtype(at::kByte));
-  reorder_cache(mutable_data(cache), beams.const_data_ptr<int64_t>(), B, row_bytes, mutable_data(workspace),
-                device.stream());
-  if (!cache.is_same(cache_)) cache_.copy_(cache);
+  const InPlace cache(cache_);
+  const Tensor beams = beams_.contiguous();
+  const int64_t B = cache_.size(0), row_bytes = cache_.numel() / B * static_cast<int64_t>(cache_.element_size());
+  const Tensor workspace = at::empty({reorder_workspace_bytes(B)}, cache_.options().dtype(at::kByte));
+  reorder_cache(cache.data(), beams.const_data_ptr<int64_t>(), B, row_bytes, mutable_data(workspace), device.stream());
+  cache.finish();
 }
 
 }  // namespace

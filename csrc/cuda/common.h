@@ -9,6 +9,7 @@
 
 #include "cuda/kernels/types.h"
 #include "ops/common.h"
+#include "ops/packed_weight.h"
 
 #ifdef GLAM_EMULATE
 #define GLAM_CUDA_KEY CPU
@@ -51,6 +52,27 @@ inline Type type_of(const Tensor& tensor) {
       TORCH_INTERNAL_ASSERT(false, "no kernel for ", tensor.scalar_type());
   }
 }
+
+// Raises if this weight, "[D_in, D_out]" where plain, is packed: that is a format of the CPU kernels.
+inline void refuse_packed(const char* op, const char* name, const char* letters, const Tensor& weight,
+                          int64_t plain_dim) {
+  TORCH_CHECK(!packed::is_packed(weight, plain_dim), op, ": expected ", name, " to be ", letters, " on ",
+              weight.device(), ", got a packed one, which is a format of the CPU kernels");
+}
+
+// A tensor that kernels write in place: contiguous memory, copied back by finish() where that is not its own.
+class InPlace {
+ public:
+  explicit InPlace(const Tensor& original) : original_(original), contiguous_(original.contiguous()) {}
+  const Tensor& tensor() const { return contiguous_; }
+  void* data() const { return contiguous_.mutable_data_ptr(); }
+  void finish() const {
+    if (!contiguous_.is_same(original_)) original_.copy_(contiguous_);
+  }
+
+ private:
+  Tensor original_, contiguous_;
+};
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 

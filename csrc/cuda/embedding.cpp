@@ -11,15 +11,13 @@
 
 #include "cuda/common.h"
 #include "ops/checks.h"
-#include "ops/packed_weight.h"
 
 namespace glam::cuda {
 namespace {
 
 Tensor forward(const Tensor& ids_, const Tensor& table_) {
   checks::embedding(ids_, table_);
-  TORCH_CHECK(!packed::is_packed(table_, 2), "glam::embedding: expected table to be [V, D] on ", table_.device(),
-              ", got a packed one, which is a format of the CPU kernels");
+  refuse_packed("glam::embedding", "table", "[V, D]", table_, 2);
   const OnDevice device(table_);
   const Tensor ids = ids_.to(at::kLong).contiguous(), table = table_.contiguous();
   auto sizes = ids.sizes().vec();

@@ -13,7 +13,6 @@
 #include "cuda/kernels/experts.h"
 #include "cuda/kernels/routing.h"
 #include "ops/checks.h"
-#include "ops/packed_weight.h"
 
 namespace glam::cuda {
 namespace {
@@ -31,7 +30,7 @@ struct Weights {
   Tensor wi, wo, wg;
 
   Weights(const char* op, const Tensor& wi_, const Tensor& wo_, const OptionalTensor& wg_, at::ScalarType compute) {
-    TORCH_CHECK(!packed::is_packed(wi_, 3), op, ": expected plain weights on CUDA, got packed ones");
+    refuse_packed(op, "wi", "[E, D, F]", wi_, 3);
     const bool as_they_are = kernels_take(wi_, compute) && wo_.scalar_type() == wi_.scalar_type() &&
                              (!wg_ || wg_->scalar_type() == wi_.scalar_type());
     const auto take = [&](const Tensor& weight) { return (as_they_are ? weight : weight.to(compute)).contiguous(); };

@@ -10,7 +10,6 @@
 
 #include "cuda/common.h"
 #include "ops/checks.h"
-#include "ops/packed_weight.h"
 
 namespace glam::cuda {
 namespace {
@@ -34,8 +33,7 @@ Tensor wide_product(const Tensor& a, const Tensor& b) {
 template <bool wide>
 Tensor linear(const Tensor& x, const Tensor& weight) {
   checks::linear(x, weight);
-  TORCH_CHECK(!packed::is_packed(weight, 2), "glam::linear: expected weight to be [D_in, D_out] on ", x.device(),
-              ", got a packed one, which is a format of the CPU kernels");
+  refuse_packed("glam::linear", "weight", "[D_in, D_out]", weight, 2);
   const OnDevice device(x);
   const Tensor x_MK = as_matrix(x), weight_KN = weight.to(x.scalar_type());
   auto sizes = x.sizes().vec();

@@ -18,7 +18,6 @@
 #include <algorithm>
 
 #include "cuda/common.h"
-#include "ops/packed_weight.h"
 
 namespace glam::cuda {
 namespace {
@@ -61,8 +60,7 @@ void multiply(const Tensor& a, const Tensor& b, Tensor out, bool add) {
 }
 
 const Tensor& plain(const Tensor& embedding) {
-  TORCH_CHECK(!packed::is_packed(embedding, 2), kOp, ": expected embedding to be [V, D] on ", embedding.device(),
-              ", got a packed one, which is a format of the CPU kernels");
+  refuse_packed(kOp, "embedding", "[V, D]", embedding, 2);
   return embedding;
 }
 
