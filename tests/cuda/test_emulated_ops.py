@@ -1,8 +1,8 @@
 """The ops' own tests over the emulated CUDA kernels: the kernels' sources and the glue that a GPU build has, behind the
 CPU's dispatch key in a process of their own.
 
-One test per file of tests/ops. Left out are levels that cannot differ (compile, export, TorchScript go through Meta and
-Autograd alone) and tests of what the CPU kernels alone promise: errors for indices out of range, packed weights.
+Left out are levels that cannot differ (compile, export, TorchScript go through Meta and Autograd alone) and tests of
+what the CPU kernels alone promise: errors for indices out of range, packed weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,26 +25,21 @@ LEVELS = "test_reference or test_gradients or test_gradcheck or test_poison or t
 FEW = f"({LEVELS}) and (small or edges) and not gradcheck"  # which is thousands of launches
 # Of files that have tests of their own instead.
 WITHOUT_LEVELS = "not bad and not refus and not raises and not compile and not export and not opcheck and not threads"
-# file of tests/ops -> which of its tests; the second by make test-cuda alone.
-OPS = {
-    "top2_gating": (FEW, LEVELS),
-    "routing_plan": (FEW, LEVELS),
-    "dispatch": (FEW, LEVELS),
-    "combine": (FEW, LEVELS),
-    "expert_mlp": (FEW, LEVELS),
-    "moe_mlp": (FEW, LEVELS),
-    "geglu_mlp": (FEW, LEVELS),
-    "rms_norm": (FEW, LEVELS),
-    "embedding": (FEW, LEVELS),
-    "linear": (FEW, LEVELS),
-    "linear_cross_entropy": (FEW, LEVELS),
-    "relative_attention": (FEW, LEVELS),
-    "relative_attention_step": (FEW, LEVELS),
-    "reorder_cache": (FEW, LEVELS),
-    "adafactor": (WITHOUT_LEVELS, WITHOUT_LEVELS),
-    "ordered_sum": (WITHOUT_LEVELS, WITHOUT_LEVELS),
-    "router_statistics": (WITHOUT_LEVELS, WITHOUT_LEVELS),
-    "sampling": (WITHOUT_LEVELS, WITHOUT_LEVELS),
+
+
+class Group(NamedTuple):
+    """Files of tests/ops that share a process, whose start takes longer than most of them."""
+
+    ops: Sequence[str]
+    fast: str  # which tests
+    all: str  # which of them make test-cuda runs
+
+
+GROUPS = {
+    "routing": Group(["top2_gating", "routing_plan", "dispatch", "combine", "moe_mlp"], FEW, LEVELS),
+    "dense": Group(["expert_mlp", "geglu_mlp", "rms_norm", "embedding", "linear", "linear_cross_entropy"], FEW, LEVELS),
+    "attention": Group(["relative_attention", "relative_attention_step", "reorder_cache"], FEW, LEVELS),
+    "other": Group(["adafactor", "ordered_sum", "router_statistics", "sampling"], WITHOUT_LEVELS, WITHOUT_LEVELS),
 }
 
 
@@ -61,34 +58,29 @@ def library() -> Path:
     return build / "libglam_cuda_emulated.so"
 
 
-def run_op_tests(op: str, chosen: str, **environment: str) -> None:
+def run_op_tests(ops: Sequence[str], chosen: str, **environment: str) -> None:
     """The chosen ones of tests/ops/test_{op}.py, in a process with this environment."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/test_{op}.py", "-k", chosen]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    files = [f"tests/ops/test_{op}.py" for op in ops]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
 
 
-def run_emulated(library: Path, op: str, chosen: str, **environment: str) -> None:
-    run_op_tests(op, chosen, GLAM_TEST_LIBRARY=str(library), OMP_NUM_THREADS="1", **environment)
+def run_emulated(library: Path, ops: Sequence[str], chosen: str, **environment: str) -> None:
+    run_op_tests(ops, chosen, GLAM_TEST_LIBRARY=str(library), OMP_NUM_THREADS="1", **environment)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op(library: Path, op: str) -> None:
-    run_emulated(library, op, OPS[op][0], GLAM_EMULATOR_SEED="1")
+@pytest.mark.parametrize("group", GROUPS)
+def test_ops(library: Path, group: str) -> None:
+    run_emulated(library, GROUPS[group].ops, GROUPS[group].fast, GLAM_EMULATOR_SEED="1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
-@pytest.mark.parametrize("op", OPS)
-def test_op_in_every_order(library: Path, op: str, order: str) -> None:
-    run_emulated(library, op, OPS[op][1], GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
+@pytest.mark.parametrize(("op", "chosen"), [(op, group.all) for group in GROUPS.values() for op in group.ops])
+def test_op_in_every_order(library: Path, op: str, chosen: str, order: str) -> None:
+    run_emulated(library, [op], chosen, GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
 
 
 LAUNCHES = """
