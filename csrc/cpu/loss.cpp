@@ -16,7 +16,7 @@
 #include "cpu/gemm.h"
 #include "cpu/kernels/loss.h"
 #include "cpu/scratch.h"
-#include "ops/common.h"
+#include "ops/checks.h"
 #include "ops/large_memory.h"
 #include "ops/packed_weight.h"
 
@@ -264,11 +264,6 @@ std::tuple<Tensor, Tensor> cross_entropy_sum(const Tensor& lse, const Tensor& ta
   return {loss_sum, nll};
 }
 
-void check_no_gradient(const char* name, const OptionalTensor& grad) {
-  TORCH_CHECK(!grad || !grad->any().item<bool>(), kOp, ": expected gradients only at loss_sum, got one at ", name,
-              " (detach it before it enters a loss)");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& hidden, const Tensor& embedding,
                                                                   const Tensor& targets, const OptionalTensor& weights_,
                                                                   double scale, double z_loss, double label_smoothing,
@@ -315,8 +310,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTenso
                                     const Tensor& targets, const OptionalTensor& weights_, const Tensor& lse,
                                     double scale, double z_loss, double label_smoothing, double logit_cap,
                                     int64_t vocab_start, int64_t vocabulary) {
-  check_no_gradient("nll", grad_nll);
-  check_no_gradient("lse", grad_lse);
+  checks::linear_cross_entropy_backward(grad_nll, grad_lse);
   const Logits logits(hidden, embedding, targets, scale, logit_cap, vocab_start);
   const Tensor weights = weights_ ? weights_->contiguous() : Tensor();
   const Tensor grad_hidden = at::zeros(hidden.sizes(), lse.options());
@@ -331,14 +325,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTenso
   return {grad_hidden.to(hidden.scalar_type()), grad_embedding};
 }
 
-std::tuple<Tensor, Tensor> scale_gradients(const Tensor& grad_loss, const OptionalTensor& grad_nll,
-                                           const OptionalTensor& grad_lse, const Tensor& grad_hidden,
-                                           const Tensor& grad_embedding, at::ScalarType dtype) {
-  check_no_gradient("nll", grad_nll);
-  check_no_gradient("lse", grad_lse);
-  return {grad_hidden.mul(grad_loss).to(dtype), grad_embedding.mul(grad_loss)};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(glam, CPU, m) {
@@ -346,7 +332,6 @@ TORCH_LIBRARY_IMPL(glam, CPU, m) {
   m.impl("_cross_entropy_sum", cross_entropy_sum);
   m.impl("_linear_cross_entropy_with_gradients", with_gradients);
   m.impl("_linear_cross_entropy_backward", backward);
-  m.impl("_scale_loss_gradients", scale_gradients);
 }
 
 }  // namespace glam::cpu

@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "cuda/common.h"
+#include "ops/checks.h"
 
 namespace glam::cuda {
 namespace {
@@ -218,12 +219,6 @@ std::tuple<Tensor, Tensor> cross_entropy_sum(const Tensor& lse_, const Tensor& t
   return {total, nll};
 }
 
-// Waits for the device, but only where a gradient has arrived that should not have.
-void check_no_gradient(const char* name, const OptionalTensor& grad) {
-  TORCH_CHECK(!grad || !grad->any().item<bool>(), kOp, ": expected gradients only at loss_sum, got one at ", name,
-              " (detach it before it enters a loss)");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& hidden, const Tensor& embedding,
                                                                   const Tensor& targets, const OptionalTensor& weights_,
                                                                   double scale, double z_loss, double label_smoothing,
@@ -255,8 +250,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTenso
                                     const Tensor& targets, const OptionalTensor& weights, const Tensor& lse_,
                                     double scale, double z_loss, double label_smoothing, double logit_cap,
                                     int64_t vocab_start, int64_t vocabulary) {
-  check_no_gradient("nll", grad_nll);
-  check_no_gradient("lse", grad_lse);
+  checks::linear_cross_entropy_backward(grad_nll, grad_lse);
   const OnDevice device(hidden);
   const Tensor lse = lse_.contiguous();
   const Tensor scaled_weights = (weights ? weights->mul(grad_loss) : grad_loss.expand({hidden.size(0)})).contiguous();
@@ -268,14 +262,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTenso
   return {gradients.hidden.to(hidden.scalar_type()), gradients.embedding.to(embedding.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor> scale_gradients(const Tensor& grad_loss, const OptionalTensor& grad_nll,
-                                           const OptionalTensor& grad_lse, const Tensor& grad_hidden,
-                                           const Tensor& grad_embedding, at::ScalarType dtype) {
-  check_no_gradient("nll", grad_nll);
-  check_no_gradient("lse", grad_lse);
-  return {grad_hidden.mul(grad_loss).to(dtype), grad_embedding.mul(grad_loss)};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(glam, GLAM_CUDA_KEY, m) {
@@ -283,7 +269,6 @@ TORCH_LIBRARY_IMPL(glam, GLAM_CUDA_KEY, m) {
   m.impl("_cross_entropy_sum", cross_entropy_sum);
   m.impl("_linear_cross_entropy_with_gradients", with_gradients);
   m.impl("_linear_cross_entropy_backward", backward);
-  m.impl("_scale_loss_gradients", scale_gradients);
 }
 
 }  // namespace glam::cuda

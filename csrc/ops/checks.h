@@ -17,6 +17,8 @@ void moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, 
              c10::string_view activation);
 void rms_norm(const Tensor& x, const Tensor& scale);
 void embedding(const Tensor& ids, const Tensor& table);
+// nll and lse have no gradient. One that arrives all the same is looked at, which waits for its device.
+void linear_cross_entropy_backward(const OptionalTensor& grad_nll, const OptionalTensor& grad_lse);
 void relative_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
                         const OptionalTensor& segment_ids, double logit_cap);
 void relative_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,

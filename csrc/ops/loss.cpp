@@ -248,6 +248,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients_meta(const Ten
   return {at::empty({}, lse.options()), per_token(hidden), lse, like(hidden, needs_hidden, lse.options()),
           like(embedding, needs_embedding, embedding.options())};
 }
+std::tuple<Tensor, Tensor> scale_gradients(const Tensor& grad_loss, const OptionalTensor& grad_nll,
+                                           const OptionalTensor& grad_lse, const Tensor& hidden,
+                                           const Tensor& embedding, at::ScalarType dtype) {
+  checks::linear_cross_entropy_backward(grad_nll, grad_lse);
+  return {hidden.mul(grad_loss).to(dtype), embedding.mul(grad_loss)};
+}
 std::tuple<Tensor, Tensor> scale_meta(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& hidden,
                                       const Tensor& embedding, at::ScalarType dtype) {
   return {at::empty_symint(hidden.sym_sizes(), hidden.options().dtype(dtype)),
@@ -255,6 +261,13 @@ std::tuple<Tensor, Tensor> scale_meta(const Tensor&, const OptionalTensor&, cons
 }
 
 }  // namespace
+
+void checks::linear_cross_entropy_backward(const OptionalTensor& grad_nll, const OptionalTensor& grad_lse) {
+  for (const auto& [name, grad] : {std::pair("nll", grad_nll), std::pair("lse", grad_lse)}) {
+    TORCH_CHECK(!grad || !grad->any().item<bool>(), kOp, ": expected gradients only at loss_sum, got one at ", name,
+                " (detach it before it enters a loss)");
+  }
+}
 
 Triple linear_cross_entropy(const Tensor& hidden, const Tensor& embedding, const Tensor& targets,
                             const OptionalTensor& weights, double scale, double z_loss, double label_smoothing,
@@ -304,7 +317,10 @@ TORCH_LIBRARY_IMPL(glam, Autograd, m) {
     m.impl(name, refuse_double_backward());
   }
 }
-TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", loss_below_autograd); }
+TORCH_LIBRARY_IMPL(glam, CompositeExplicitAutograd, m) {
+  m.impl("linear_cross_entropy", loss_below_autograd);
+  m.impl("_scale_loss_gradients", scale_gradients);
+}
 TORCH_LIBRARY_IMPL(glam, Meta, m) {
   m.impl("_vocabulary_statistics", statistics_meta);
   m.impl("_cross_entropy_sum", sum_meta);
