@@ -21,10 +21,13 @@ import torch
 
 from .emulated import CUDA_INCLUDE, ROOT, compiler
 
-LEVELS = "test_reference or test_gradients or test_gradcheck or test_poison or test_strides or test_batch_invariance"
-FEW = f"({LEVELS}) and (small or edges) and not gradcheck"  # which is thousands of launches
+LEVELS = (
+    "test_reference or test_gradients or test_gradcheck or test_opcheck or test_poison or test_strides or "
+    "test_batch_invariance"
+)
+FEW = f"({LEVELS}) and (small or edges) and not gradcheck and not opcheck"  # the first is thousands of launches
 # Of files that have tests of their own instead.
-WITHOUT_LEVELS = "not bad and not refus and not raises and not compile and not export and not opcheck and not threads"
+WITHOUT_LEVELS = "not bad and not refus and not raises and not compile and not export and not threads"
 
 
 class Group(NamedTuple):
@@ -39,7 +42,11 @@ GROUPS = {
     "routing": Group(["top2_gating", "routing_plan", "dispatch", "combine", "moe_mlp"], FEW, LEVELS),
     "dense": Group(["expert_mlp", "geglu_mlp", "rms_norm", "embedding", "linear", "linear_cross_entropy"], FEW, LEVELS),
     "attention": Group(["relative_attention", "relative_attention_step", "reorder_cache"], FEW, LEVELS),
-    "other": Group(["adafactor", "ordered_sum", "router_statistics", "sampling"], WITHOUT_LEVELS, WITHOUT_LEVELS),
+    "other": Group(
+        ["adafactor", "ordered_sum", "router_statistics", "sampling"],
+        f"{WITHOUT_LEVELS} and not opcheck",
+        WITHOUT_LEVELS,
+    ),
 }
 
 

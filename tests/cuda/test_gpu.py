@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("op", [op for group in GROUPS.values() for op in group.ops])
 def test_op(op: str) -> None:
-    levels = f"{LEVELS} or test_opcheck or test_compile or test_export or test_torchscript or test_double_backward"
+    levels = f"{LEVELS} or test_compile or test_export or test_torchscript or test_double_backward"
     run_op_tests([op], levels, GLAM_TEST_DEVICE="cuda")
 
 
