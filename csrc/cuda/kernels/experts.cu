@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(kProductThreads)
         [&](int64_t e, int64_t k, int64_t f) { return rounded<T>(load(wo + (e * F + f) * D + k)); }, sums);
   }
   const bool geglu = hidden.activation == Activation::geglu;
-  const int64_t first_column = blockIdx.y * static_cast<int64_t>(kTile);
   const int thread_row = threadIdx.x / kSide, thread_column = threadIdx.x % kSide;
+  const int64_t column = blockIdx.y * static_cast<int64_t>(kTile) + thread_column;
+  const int columns = F - column < kTile ? static_cast<int>(F - column) : kTile;  // from this thread's first one on
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int row = thread_row + kSide * i;
@@ -153,9 +154,8 @@ __global__ void __launch_bounds__(kProductThreads)
     Acc part = 0;
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) {
-      const int64_t f = first_column + thread_column + kSide * j;
-      if (!inside || f >= F) continue;
-      const int64_t at = r * F + f;
+      if (!inside || kSide * j >= columns) continue;
+      const int64_t at = r * F + column + kSide * j;
       const Acc pre = wide(load(hidden.pre + at));
       const Acc pre_gate = geglu ? wide(load(hidden.pre_gate + at)) : Acc(0);
       const auto activated = differentiate(hidden.activation, pre, pre_gate);

@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) count_first_choices(const GatingProb
 // dL/dz_e = p_e (dL/dp_e - sum over j of p_j dL/dp_j), in the form of cpu/gating.cpp in which nothing cancels when the
 // first probability is nearly 1.
 template <class T, int per_lane>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)  // as above
     differentiate(const GatingProblem problem, const Sum<T>* grad_gates_T2, const Sum<T>* grad_aux_G,
                   const T* logits_TE, const int32_t* ids_T2, const int32_t* positions_T2, const int32_t* counts_GE,
                   T* grad_TE) {
