@@ -73,15 +73,6 @@ struct ScalarShared {
   double value;
 };
 
-template <class F>
-void dispatch_parameter(Type type, F&& f) {
-  if (type == Type::f64) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
 inline int64_t flat_blocks(int64_t count, int size) {
   return clamp(ceil_div(count, int64_t{kThreads} * size), 1, kFlatBlocks);
 }

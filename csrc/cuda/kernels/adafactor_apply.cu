@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void adafactor_apply_matrix(void* weight, const void* grad, Type type, const MatrixShape& shape, const void* row_var,
                             const void* col_var, const AdafactorUpdate& update, cudaStream_t stream) {
-  dispatch_parameter(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     const Tiles tiles = Tiles::of<T>(shape);
     dispatch_bool(rows_are_vectors<T>(shape.C, weight, grad, col_var), [&](auto whole) {
@@ -109,7 +109,7 @@ void adafactor_apply_matrix(void* weight, const void* grad, Type type, const Mat
 
 void adafactor_apply_elements(void* weight, const void* grad, const void* variance, Type type, int64_t count,
                               const AdafactorUpdate& update, cudaStream_t stream) {
-  dispatch_parameter(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     dispatch_bool(rows_are_vectors<T>(0, weight, grad, variance), [&](auto aligned) {
       launch(&apply_elements_kernel<decltype(aligned)::value, T>, grid_of(flat_blocks(count, Vector<T>::size)),

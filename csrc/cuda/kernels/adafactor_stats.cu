@@ -159,7 +159,7 @@ void adafactor_stats(const void* grad, Type type, const MatrixShape& shape, cons
                      int64_t num_rows, int64_t num_cols, const AdafactorDecay& decay, void* row_var, void* col_var,
                      void* partial, double* row_totals, double* scaled_squares, cudaStream_t stream) {
   auto* const partial_B2 = static_cast<double*>(partial);
-  dispatch_parameter(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     const Tiles tiles = Tiles::of<T>(shape);
     const int64_t rows = shape.N * shape.R, columns = shape.N * shape.C;
@@ -182,7 +182,7 @@ int64_t adafactor_variance_partial_bytes(int64_t) { return kFlatBlocks * int64_t
 void adafactor_variance(const void* grad, Type type, int64_t count, const AdafactorDecay& decay, void* variance,
                         void* partial, double* row_totals, double* scaled_squares, cudaStream_t stream) {
   auto* const partial_B = static_cast<double*>(partial);
-  dispatch_parameter(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     const int64_t blocks = flat_blocks(count, Vector<T>::size);
     dispatch_bool(rows_are_vectors<T>(0, grad, variance), [&](auto aligned) {

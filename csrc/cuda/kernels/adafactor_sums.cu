@@ -176,7 +176,7 @@ void squared_norm(const void* x, Type type, int64_t count, void* partial, double
 
 int64_t adafactor_sums_partial_bytes(const MatrixShape& shape, Type type) {
   int64_t bytes = 0;
-  dispatch_parameter(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     bytes = SumsPartial<T>::bytes(shape, Tiles::of<T>(shape));
   });
@@ -185,7 +185,7 @@ int64_t adafactor_sums_partial_bytes(const MatrixShape& shape, Type type) {
 
 void adafactor_sums(const void* grad, const void* weight, Type type, const MatrixShape& shape, void* partial,
                     void* row_sums, void* col_sums, double* weight_squares, cudaStream_t stream) {
-  dispatch_parameter(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     const Tiles tiles = Tiles::of<T>(shape);
     const auto parts = SumsPartial<T>::at(partial, shape, tiles);

@@ -281,13 +281,6 @@ __global__ void __launch_bounds__(kThreads)
 
 dim3 blocks(int64_t count) { return dim3(static_cast<unsigned>(count)); }
 
-// f(float{}) or f(double{}).
-template <class F>
-void dispatch_sum(Type type, F&& f) {
-  dispatch_bool(type == Type::f64,
-                [&](auto is_double) { f(std::conditional_t<decltype(is_double)::value, double, float>{}); });
-}
-
 }  // namespace
 
 void attention_lines(const void* table, Type type, int64_t H, int64_t L, void* lines, cudaStream_t stream) {

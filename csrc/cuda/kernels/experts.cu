@@ -306,12 +306,11 @@ void expert_backward_hidden(const ExpertProblem& problem, const RowSource& grad,
 
 void gate_gradients(const ExpertProblem& problem, const int32_t* row_of_choice, int64_t choices,
                     const void* grad_gate_parts, void* grad_gates, cudaStream_t stream) {
-  const auto run = [&]<class Acc>(Acc) {
+  dispatch_sum(problem.type, [&]<class Acc>(Acc) {
     launch(sum_gate_parts<Acc>, dim3(ceil_div(choices, kGateThreads)), dim3(kGateThreads), 0, stream, row_of_choice,
            choices, problem.R, gate_parts(problem.F), static_cast<const Acc*>(grad_gate_parts),
            static_cast<Acc*>(grad_gates));
-  };
-  problem.type == Type::f64 ? run(double{}) : run(float{});
+  });
 }
 
 void expert_backward_rows(const ExpertProblem& problem, const void* grad_pre, const void* grad_pre_gate, const void* wi,

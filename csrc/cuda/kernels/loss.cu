@@ -169,8 +169,8 @@ dim3 blocks(int64_t count) { return dim3(static_cast<unsigned>(count)); }
 
 void loss_statistics(const LogitBlock& block, bool first, void* lse, void* target_logit, void* logit_sum,
                      cudaStream_t stream) {
-  dispatch_bool(block.type == Type::f64, [&](auto is_double) {
-    using S = std::conditional_t<decltype(is_double)::value, double, float>;
+  dispatch_sum(block.type, [&](auto zero) {
+    using S = decltype(zero);
     dispatch_bool(block.logit_cap > 0, [&](auto capped) {
       const Logit<S> logit{static_cast<S>(block.scale), static_cast<S>(block.logit_cap)};
       launch(&statistics_kernel<decltype(capped)::value, S>, blocks(block.rows), dim3(kThreads), sizeof(RowShared<S>),
@@ -201,8 +201,8 @@ int64_t loss_sum_blocks(int64_t T) { return ceil_div(T, kTokenThreads); }
 void loss_sum(const void* lse, const void* target_logit, const void* logit_sum, const void* weights, Type type,
               double z_loss, double label_smoothing, int64_t vocabulary, int64_t T, void* nll, double* partial,
               void* loss_sum, cudaStream_t stream) {
-  dispatch_bool(type == Type::f64, [&](auto is_double) {
-    using S = std::conditional_t<decltype(is_double)::value, double, float>;
+  dispatch_sum(type, [&](auto zero) {
+    using S = decltype(zero);
     const int64_t count = loss_sum_blocks(T);
     launch(&token_loss_kernel<S>, blocks(count), dim3(kTokenThreads), sizeof(RowShared<double>), stream,
            static_cast<const S*>(lse), static_cast<const S*>(target_logit), static_cast<const S*>(logit_sum),

@@ -88,6 +88,16 @@ void dispatch_type(Type type, F&& f) {
   }
 }
 
+// f(S{}) for the type in which sums of `type` are kept.
+template <class F>
+void dispatch_sum(Type type, F&& f) {
+  if (type == Type::f64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
 // 16-byte accesses are possible to rows of `columns` elements that start at the pointers.
 template <class T, class... Pointers>
 bool rows_are_vectors(int64_t columns, Pointers... pointers) {

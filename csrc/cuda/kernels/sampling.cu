@@ -188,15 +188,6 @@ __global__ void __launch_bounds__(kThreads)
   choose(low);
 }
 
-template <class F>
-void dispatch_logits(Type type, F&& f) {
-  if (type == Type::f64) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
 }  // namespace
 
 void counter_uniform(int64_t seed, int64_t stream_number, const int64_t* index, int64_t count, float* out,
@@ -207,7 +198,7 @@ void counter_uniform(int64_t seed, int64_t stream_number, const int64_t* index, 
 
 void choose_largest(const void* logits, Type type, const float* uniform, int64_t B, int64_t V, int64_t* chosen,
                     cudaStream_t stream) {
-  dispatch_logits(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     launch(&largest_kernel<T>, dim3(static_cast<unsigned>(B)), dim3(kThreads), sizeof(LargestShared), stream,
            static_cast<const T*>(logits), uniform, V, chosen);
@@ -216,7 +207,7 @@ void choose_largest(const void* logits, Type type, const float* uniform, int64_t
 
 void sample_sorted(const void* sorted, Type type, const int64_t* order, const float* uniform, int64_t B, int64_t V,
                    double temperature, int64_t kept, double top_p, int64_t* chosen, cudaStream_t stream) {
-  dispatch_logits(type, [&](auto zero) {
+  dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
     launch(&sample_kernel<T>, dim3(static_cast<unsigned>(B)), dim3(kThreads), sizeof(SampleShared), stream,
            static_cast<const T*>(sorted), order, uniform, V, temperature, kept, top_p, chosen);
