@@ -275,8 +275,12 @@ def busy_threads(work: Callable[[], Any]) -> int:
         if resting:
             break
     work()
-    time.sleep(0.03)  # a thread's time is booked when it leaves the CPU
-    return sum(spent > before.get(thread, 0) for thread, spent in _cpu_time_of_threads().items())
+    deadline = time.monotonic() + 2.0
+    while True:
+        time.sleep(0.02)  # a thread's time is booked at a tick or when it leaves the CPU, which a virtual one may delay
+        busy = sum(spent > before.get(thread, 0) for thread, spent in _cpu_time_of_threads().items())
+        if busy > 1 or time.monotonic() > deadline:
+            return busy
 
 
 @contextlib.contextmanager
