@@ -28,6 +28,26 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+class FailuresAtOnce:
+    """Names a failure and its reason when it happens: the summary is for a run that reaches its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.getplugin("terminalreporter")
+        if report.failed and terminal:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = crash.message if crash else report.longreprtext
+            terminal.ensure_newline()
+            terminal.write_line(f"{report.nodeid} failed in {report.when}: {reason}", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker process of pytest-xdist has no terminal
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for one mebibyte, where the system lets a test mount one."""
