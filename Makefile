@@ -6,7 +6,7 @@
 # make cuda-env  an environment .venv-cuda with a CUDA build of torch and the whole extension compiled for it
 #
 # Everything is installed into .venv. A machine needs python3 >= 3.10 with venv and headers, a C++20 compiler and make.
-# Another torch: make test TORCH="torch==2.12.1". Fewer compile jobs: MAX_JOBS=1.
+# Another torch: make test TORCH="torch==2.12.1". Fewer compile jobs and processes of fast tests: MAX_JOBS=1.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -26,8 +26,10 @@ dev: $(VENV)/.built
 demo: $(VENV)/.built
 	$(PY) -m glam_ext.recipes.demo
 
+# A file's tests share a process, as they share what it builds. Threads that wait for work give their core to others.
+TEST_JOBS ?= $(shell echo $$(($(MAX_JOBS) < 8 ? $(MAX_JOBS) : 8)))
 test: $(VENV)/.built
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: $(VENV)/.built
 	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
