@@ -22,9 +22,10 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 // All rows of a product, columns [column, column + columns), cut into row blocks: a task each. The B panels are at
-// `packed` (bytes) of their batch's buffer.
+// `in_place`, or else at `packed` (bytes) of their batch's buffer.
 struct Slice {
   int64_t product, column, columns, packed;
+  const void* in_place;
   int64_t blocks;
   int64_t first_strip, first_task;  // running totals of the batch
 };
@@ -119,14 +120,16 @@ class Run {
 
   void add(int64_t product, int64_t column, int64_t columns) {
     const Product& p = products_[product];
-    const int64_t strips = divide_up(columns, functions_.tile_columns);
+    const void* const in_place = functions_.panels_in_place(p.b, column, p.k);
+    const int64_t strips = in_place ? 0 : divide_up(columns, functions_.tile_columns);
     const int64_t bytes = strips * functions_.tile_columns * functions_.panel_bytes(p.k);
     if (batches_.empty() || (batches_.back().packed_bytes + bytes > kPackedBytes && batches_.back().num_tasks > 0)) {
       batches_.emplace_back();
     }
     Batch& batch = batches_.back();
     const int64_t blocks = row_blocks(p, columns);
-    batch.slices.push_back({product, column, columns, batch.packed_bytes, blocks, batch.num_strips, batch.num_tasks});
+    batch.slices.push_back(
+        {product, column, columns, batch.packed_bytes, in_place, blocks, batch.num_strips, batch.num_tasks});
     batch.packed_bytes += bytes;
     batch.num_strips += strips;
     batch.num_tasks += blocks;
@@ -163,7 +166,8 @@ class Run {
     char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(p.k));
     T* const c = c_scratch.get<T>(padded * stride);
     functions_.pack_a(p.a, row, row + rows, p.k, a);
-    functions_.multiply(rows, slice.columns, p.k, a, buffer + slice.packed, c, stride);
+    const void* const b = slice.in_place ? slice.in_place : buffer + slice.packed;
+    functions_.multiply(rows, slice.columns, p.k, a, b, c, stride);
     functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
     if (epilogue_) {
       (*epilogue_)(slice.product, row, rows, c, stride);

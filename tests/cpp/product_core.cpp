@@ -106,7 +106,12 @@ std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_
   std::vector<Sum> c(rows * columns, NAN);
   functions.pack_a(a.operand, begin, end, a.depth, left.data());
   functions.pack_b(b.operand, 0, b.outer, a.depth, right.data());
-  functions.multiply(end - begin, b.outer, a.depth, left.data(), right.data(), c.data(), columns);
+  const void* const in_place = functions.panels_in_place(b.operand, 0, a.depth);
+  if (in_place && std::memcmp(in_place, right.data(), right.size()) != 0) {
+    std::printf("what is read in place is not what packing gives\n");
+    std::exit(1);
+  }
+  functions.multiply(end - begin, b.outer, a.depth, left.data(), in_place ? in_place : right.data(), c.data(), columns);
   functions.scale(b.operand, end - begin, 0, b.outer, c.data(), columns);
   std::vector<Sum> result;
   for (int64_t i = 0; i < end - begin; ++i) result.insert(result.end(), &c[i * columns], &c[i * columns] + b.outer);

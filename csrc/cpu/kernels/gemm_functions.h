@@ -21,6 +21,10 @@ struct GemmEntries {
     }
     pack_strips<Format, kTileColumns<Sum>>(operand, begin, end, depth, static_cast<Element*>(panels));
   }
+  static const void* panels_in_place(const Operand& b, int64_t column, int64_t depth) {
+    if constexpr (std::is_same_v<Sum, float>) return stored_panels<Format>(b, column, depth);
+    return nullptr;
+  }
   static void scale(const Operand& b, int64_t rows, int64_t column, int64_t columns, Sum* c, int64_t c_stride) {
     if constexpr (std::is_same_v<Sum, float>) {
       if (b.stored && b.type == Type::i8) scale_columns(b, rows, column, columns, c, c_stride);
@@ -51,6 +55,7 @@ struct GemmEntries {
             .panel_bytes = &panel_bytes,
             .pack_a = &pack_a,
             .pack_b = &pack_b,
+            .panels_in_place = &panels_in_place,
             .multiply = &multiply,
             .scale = &scale,
             .few_rows = kFewRows,

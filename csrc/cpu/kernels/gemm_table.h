@@ -15,6 +15,8 @@ struct GemmFunctions {
   // Panels of the outer indices [begin, end), of the A side and of the B side.
   void (*pack_a)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
   void (*pack_b)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
+  // B's panels from `column` on, a panel's first, if they lie in memory as they would be packed; else null.
+  const void* (*panels_in_place)(const Operand& b, int64_t column, int64_t depth);
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, T* c,
                    int64_t c_stride);
   // c[rows][columns] *= the scales that columns [column, column + columns) of B have, if B is stored as integers.

@@ -70,6 +70,14 @@ inline void pack_stored(const Operand& operand, int64_t begin, int64_t end, int6
   }
 }
 
+// The strips themselves where they are panels; else null.
+template <class Format>
+inline const void* stored_panels(const Operand& operand, int64_t column, int64_t depth) {
+  constexpr bool same_columns = Format::kDepth == 2 && kTileColumns<float> == kStripColumns;
+  const bool same = same_columns && operand.stored && operand.type == Type::bf16 && Format::steps(depth) * 2 == depth;
+  return same ? strip_of(operand, column) : nullptr;
+}
+
 // c[rows][columns] *= the scales of columns [column, column + columns).
 inline void scale_columns(const Operand& operand, int64_t rows, int64_t column, int64_t columns, float* c,
                           int64_t c_stride) {
