@@ -1,8 +1,9 @@
 // CPU kernels of glam::linear_cross_entropy: tokens in blocks whose logits fit kLogitBytes, the vocabulary in blocks of
 // columns.
 //
-// With gradients: a block's logits are multiplied once and kept; once its rows' statistics are known they become the
-// logits' gradients, which feed the two products that give the gradients of hidden and embedding: three products in all.
+// With gradients: a block's logits are multiplied once and the exponentials of their softmax kept, in hidden's dtype; once
+// its rows' statistics are known they become the logits' gradients, which feed the two products that give the gradients
+// of hidden and embedding: three products in all.
 // Without gradients a block of columns lives in the thread that multiplied it. A separate backward multiplies the logits
 // again, a block of columns at a time.
 
@@ -28,6 +29,7 @@ constexpr int64_t kLogitBytes = 128 << 20;
 constexpr int64_t kLogitColumns = 1024;  // multiplied at a time: narrow, so that many rows share a packed panel
 constexpr int64_t kTokensPerTask = 64;
 constexpr int64_t kGradientColumns = 4096;  // at a time: deep, so that the sums are seldom loaded and stored
+static_assert(kGradientColumns % kLogitColumns == 0);
 
 // Calls f(first, count) for parts of [0, size).
 template <class F>
@@ -100,10 +102,18 @@ struct Statistics {
   }
 };
 
-// Fills the statistics and, if it is not null, keep[tokens][columns] with the products. Blocks of columns are reduced on
+// Of all columns, exp(logit - maximum) * d logit / d (scale * product), where the maximum is that of the token's block of
+// columns.
+template <class T>
+struct Kept {
+  Tensor values;           // [tokens, V]
+  std::vector<T> maximum;  // [blocks, tokens]
+};
+
+// Fills the statistics and, if it is not null, `kept`, whose values have their size. Blocks of columns are reduced on
 // their own, whichever thread multiplies them, and their results are put together in order.
 template <class T>
-void reduce(const Logits& logits, const Statistics& statistics, T* keep) {
+void reduce(const Logits& logits, const Statistics& statistics, Kept<T>* kept) {
   const int64_t num_tokens = logits.num_tokens();
   T* const target = statistics.target_logit.mutable_data_ptr<T>();
   std::vector<Product> products;
@@ -112,16 +122,14 @@ void reduce(const Logits& logits, const Statistics& statistics, T* keep) {
   const auto num_blocks = static_cast<int64_t>(products.size());
   std::vector<T> maximum(num_blocks * num_tokens), exp_sum(maximum.size()), logit_sum(maximum.size());
   const auto store = gemm_functions<T>(logits.precision()).store;
-  const Output kept{.data = keep,
-                    .type = sizeof(T) == sizeof(double) ? Type::f64 : Type::f32,
-                    .row_stride = logits.columns(),
-                    .stream = true};
+  const Output kept_out = kept ? output_to_part(kept->values, kept->values) : Output{};
   run_products<T>(
       products, logits.precision(), [&](int64_t block, int64_t row, int64_t rows, T* values, int64_t stride) {
-        const int64_t column = block * kLogitColumns, columns = products[block].n, first = block * num_tokens;
-        if (keep) store(values, stride, rows, columns, kept, row, column);
-        loss_functions<T>().reduce(logits.block(values, stride, row, rows, column, columns), maximum.data() + first,
-                                   exp_sum.data() + first, logit_sum.data() + first, target);
+        const int64_t column = block * kLogitColumns, columns = products[block].n;
+        const int64_t first = block * num_tokens;
+        loss_functions<T>().reduce(logits.block(values, stride, row, rows, column, columns), kept != nullptr,
+                                   maximum.data() + first, exp_sum.data() + first, logit_sum.data() + first, target);
+        if (kept) store(values, stride, rows, columns, kept_out, row, column);
       });
   at::parallel_for(0, num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -135,6 +143,7 @@ void reduce(const Logits& logits, const Statistics& statistics, T* keep) {
       statistics.logit_sum.mutable_data_ptr<T>()[t] = sum;
     }
   });
+  if (kept) kept->maximum = std::move(maximum);
 }
 
 // d loss_sum / d logit = softmax * p - uniform, less `target` where the target is; times d logit / d product.
@@ -161,37 +170,59 @@ struct RowFactors {
   }
 };
 
+// values <- d loss_sum / d product of token t in columns [first, first + count); first is a block's. The target's comes
+// from its own logit, which is not rounded.
+template <class T>
+void differentiate_kept(const Logits& logits, const Statistics& statistics, const RowFactors<T>& factors,
+                        const Kept<T>& kept, int64_t t, int64_t first, int64_t count, T* values) {
+  if (factors.row_of_token[t] < 0) {
+    std::fill_n(values, count, T(0));  // padding: nothing of it passes, not even a NaN
+    return;
+  }
+  const T scale = static_cast<T>(logits.scale), lse = statistics.lse.const_data_ptr<T>()[t];
+  const T softmax = factors.softmax[t], uniform = factors.uniform[t];
+  const Type type = type_of(kept.values);
+  const void* const row = advance(kept.values.const_data_ptr(), type, t * logits.columns());
+  for_each_part(count, kLogitColumns, [&](int64_t offset, int64_t columns) {
+    const int64_t column = first + offset, block = column / kLogitColumns;
+    const T factor = softmax * scale * std::exp(kept.maximum[block * logits.num_tokens() + t] - lse);
+    loss_functions<T>().differentiate_kept(advance(row, type, column), type, columns, factor, uniform * scale,
+                                           values + offset);
+  });
+  const int64_t target = logits.targets.const_data_ptr<int64_t>()[t] - logits.vocab_start - first;
+  if (target < 0 || target >= count) return;
+  const T logit = statistics.target_logit.const_data_ptr<T>()[t];
+  const T share = logits.logit_cap > 0 ? logit / static_cast<T>(logits.logit_cap) : T(0);
+  values[target] = (softmax * std::exp(logit - lse) - uniform - factors.target[t]) * (T(1) - share * share) * scale;
+}
+
 // Gradients to add to: hidden [tokens, D] in the accumulation dtype, embedding [V, D]; undefined if not wanted.
 struct Gradients {
   Tensor hidden, embedding;
   bool embedding_is_empty = true;  // overwritten then
 };
 
-// kept: the products of all columns; null: they are multiplied again.
+// kept: of all columns; null: they are multiplied again.
 template <class T>
-void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& factors, const T* kept,
-                   const Gradients& gradients) {
+void add_gradients(const Logits& logits, const Statistics& statistics, const RowFactors<T>& factors,
+                   const Kept<T>* kept, const Gradients& gradients) {
   const int64_t num_tokens = logits.num_tokens(), D = logits.hidden.size(1);
   const Precision precision = logits.precision();
   const Tensor buffer =
       empty_large({num_tokens, std::min(kGradientColumns, logits.columns())}, logits.hidden.options());
   const Output buffer_out = output_to(buffer);
-  // Products [rows, columns] of the columns from `column` become gradients, in the buffer from `offset` on.
-  const auto differentiate = [&](int64_t row, int64_t rows, T* values, int64_t stride, int64_t column, int64_t columns,
-                                 int64_t offset) {
-    loss_functions<T>().differentiate(logits.block(values, stride, row, rows, column, columns), lse,
-                                      factors.softmax.data(), factors.target.data(), factors.uniform.data());
-    gemm_functions<T>(precision).store(values, stride, rows, columns, buffer_out, row, offset);
+  const T* const lse = statistics.lse.const_data_ptr<T>();
+  const auto store = [&](T* values, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    gemm_functions<T>(precision).store(values, stride, rows, columns, buffer_out, row, column);
   };
   for_each_part(logits.columns(), kGradientColumns, [&](int64_t first, int64_t count) {
     if (kept) {
-      // In a copy that stays in the cache: what is kept would have to be written back to memory.
       at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         T* const values = scratch.get<T>(count);
         for (int64_t t = begin; t < end; ++t) {
-          std::copy_n(kept + t * logits.columns() + first, count, values);
-          differentiate(t, 1, values, count, first, count, 0);
+          differentiate_kept(logits, statistics, factors, *kept, t, first, count, values);
+          store(values, count, t, 1, 0, count);
         }
       });
     } else {
@@ -199,8 +230,10 @@ void add_gradients(const Logits& logits, const T* lse, const RowFactors<T>& fact
       for_each_part(count, kLogitColumns,
                     [&](int64_t offset, int64_t columns) { again.push_back(logits.product(first + offset, columns)); });
       run_products<T>(again, precision, [&](int64_t block, int64_t row, int64_t rows, T* values, int64_t stride) {
-        const int64_t offset = block * kLogitColumns;
-        differentiate(row, rows, values, stride, first + offset, again[block].n, offset);
+        const int64_t offset = block * kLogitColumns, columns = again[block].n;
+        loss_functions<T>().differentiate(logits.block(values, stride, row, rows, first + offset, columns), lse,
+                                          factors.softmax.data(), factors.target.data(), factors.uniform.data());
+        store(values, stride, row, rows, offset, columns);
       });
     }
     const Tensor grad_logits = buffer.narrow(1, 0, count);
@@ -278,22 +311,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& 
   const Tensor grad_hidden = at::zeros(needs_hidden ? hidden.sizes() : at::IntArrayRef({0}), options);
   const Tensor grad_embedding = dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const int64_t most = std::max<int64_t>(1, kLogitBytes / (static_cast<int64_t>(sizeof(T)) * vocabulary));
+    const int64_t most = std::max<int64_t>(1, kLogitBytes / (hidden.element_size() * vocabulary));
     const int64_t blocks = (num_tokens + most - 1) / most;
     const int64_t tokens_per_block = blocks == 0 ? 1 : (num_tokens + blocks - 1) / blocks;
     // More than one block is added up in the accumulation dtype.
     const Tensor sum = !needs_embedding ? at::empty({0}, embedding.options())
                                         : empty_large(embedding.sizes(), blocks > 1 ? options : embedding.options());
     if (num_tokens == 0) sum.zero_();
-    const Tensor kept = empty_large({std::min(tokens_per_block, num_tokens), vocabulary}, options);
+    // A smoothed label's part of a capped logit's gradient needs the slope alone.
+    const bool keeps = logit_cap == 0 || label_smoothing == 0;
+    Kept<T> kept;
+    const Tensor values =
+        empty_large({keeps ? std::min(tokens_per_block, num_tokens) : 0, vocabulary}, hidden.options());
     for_each_part(num_tokens, tokens_per_block, [&](int64_t first, int64_t count) {
       const Logits block = logits.tokens(first, count);
       const Statistics of_block = statistics.tokens(first, count);
-      reduce<T>(block, of_block, kept.mutable_data_ptr<T>());
-      const T* const lse = of_block.lse.const_data_ptr<T>();
-      const RowFactors<T> factors(count, lse, weights ? weights->const_data_ptr<T>() + first : nullptr, T(1),
+      if (keeps) kept.values = values.narrow(0, 0, count);
+      reduce<T>(block, of_block, keeps ? &kept : nullptr);
+      const RowFactors<T> factors(count, of_block.lse.const_data_ptr<T>(),
+                                  weights ? weights->const_data_ptr<T>() + first : nullptr, T(1),
                                   {z_loss, label_smoothing, vocabulary});
-      add_gradients<T>(block, lse, factors, kept.const_data_ptr<T>(),
+      add_gradients<T>(block, of_block, factors, keeps ? &kept : nullptr,
                        {.hidden = needs_hidden ? grad_hidden.narrow(0, first, count) : Tensor(),
                         .embedding = needs_embedding ? sum : Tensor(),
                         .embedding_is_empty = first == 0});
@@ -320,7 +358,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTenso
     const RowFactors<T> factors(hidden.size(0), lse.const_data_ptr<T>(),
                                 weights_ ? weights.const_data_ptr<T>() : nullptr, *grad_loss.const_data_ptr<T>(),
                                 {z_loss, label_smoothing, vocabulary});
-    add_gradients<T>(logits, lse.const_data_ptr<T>(), factors, nullptr, {grad_hidden, grad_embedding});
+    add_gradients<T>(logits, {.lse = lse}, factors, nullptr, {grad_hidden, grad_embedding});
   });
   return {grad_hidden.to(hidden.scalar_type()), grad_embedding};
 }

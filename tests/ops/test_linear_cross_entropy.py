@@ -83,9 +83,17 @@ def plain(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weig
     return (weights * nll).sum()
 
 
-# 131,072 columns are the most for which logits are kept; 256 tokens of them are a block.
-@pytest.mark.parametrize(("num_tokens", "vocabulary"), [(300, 131_072), (5, 131_073)], ids=["blocks", "two passes"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# 131,072 columns are the most for which anything is kept; a block is 256 tokens of them, 512 in bfloat16.
+@pytest.mark.parametrize(
+    ("num_tokens", "vocabulary", "dtype"),
+    [
+        (300, 131_072, torch.float32),
+        (520, 131_072, torch.bfloat16),
+        (5, 131_073, torch.float32),
+        (5, 131_073, torch.bfloat16),
+    ],
+    ids=["blocks float32", "blocks bfloat16", "two passes float32", "two passes bfloat16"],
+)
 def test_large_vocabularies(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(num_tokens, 8, generator=generator).to(dtype).requires_grad_()

@@ -161,18 +161,33 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
 #endif
 }
 
+// Past the caches, to an address that is aligned to a vector.
+template <class T>
+inline void stream_row(const T* in, int64_t columns, void* out, Type type) {
+  if (type == Type::bf16) {
+    uint16_t rounded[kLoadChunk];
+    for (int64_t j = 0; j < columns; j += kLoadChunk) {
+      const int64_t part = columns - j < kLoadChunk ? columns - j : kLoadChunk;
+      store_values(in + j, part, rounded, type);
+      stream_values(rounded, part, static_cast<uint16_t*>(out) + j);
+    }
+  } else if (size_of(type) == sizeof(T)) {
+    stream_values(in, columns, static_cast<T*>(out));
+  } else {
+    store_values(in, columns, out, type);
+  }
+}
+
 // values[rows][stride] -> the block of `output` whose first element is (row, column).
 template <class T>
 inline void store_block(const T* values, int64_t stride, int64_t rows, int64_t columns, const Output& output,
                         int64_t row, int64_t column) {
-  constexpr bool is_double = std::is_same_v<T, double>;
   T sums[kLoadChunk];
   for (int64_t i = 0; i < rows; ++i) {
     void* const out = advance(output.data, output.type, (row + i) * output.row_stride + column);
     const T* const in = values + i * stride;
-    if (output.stream && !output.accumulate && output.type == (is_double ? Type::f64 : Type::f32) &&
-        reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
-      stream_values(in, columns, static_cast<T*>(out));
+    if (output.stream && !output.accumulate && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
+      stream_row(in, columns, out, output.type);
       continue;
     }
     if (!output.accumulate) {

@@ -2,6 +2,7 @@
 
 #include "cpu/kernels/lanes.h"
 #include "cpu/kernels/math.h"
+#include "cpu/kernels/vector.h"
 
 namespace glam::cpu::GLAM_ISA {
 namespace {
@@ -18,12 +19,13 @@ T* to_logits(const LogitBlock<T>& block, int64_t i) {
 }
 
 template <class T>
-void reduce(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T* target_logit) {
+void reduce(const LogitBlock<T>& block, bool keep, T* maximum, T* exp_sum, T* logit_sum, T* target_logit) {
   for (int64_t i = 0; i < block.rows; ++i) {
     const int64_t token = block.row + i;
     // Without a cap the products stay as they are, and the scale is part of the exponent.
     const bool capped = block.logit_cap > T(0);
-    const T* const logits = capped ? to_logits(block, i) : block.values + i * block.stride;
+    T* const values = capped ? to_logits(block, i) : block.values + i * block.stride;
+    const T* const logits = values;
     const T scale = capped ? T(1) : block.scale;
     T largest[kLanes];
     for (int l = 0; l < kLanes; ++l) largest[l] = scale * logits[0];
@@ -38,13 +40,25 @@ void reduce(const LogitBlock<T>& block, T* maximum, T* exp_sum, T* logit_sum, T*
     for (int l = 1; l < kLanes; ++l) largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
 
     LaneSums<T> exps, sums;
-    exps.add(block.columns, [&](int64_t c) { return exp(multiply_add(logits[c], scale, -largest[0])); });
     sums.add(block.columns, [&](int64_t c) { return logits[c]; });
+    const int64_t target = block.targets[token] - block.column;
+    if (target >= 0 && target < block.columns) target_logit[token] = scale * logits[target];
+    const T shift = -largest[0], cap = block.logit_cap;  // no stores to values can change these
+    const auto exp_at = [&](int64_t c) { return exp(multiply_add(logits[c], scale, shift)); };
+    if (keep && capped) {
+      exps.add(block.columns, [&](int64_t c) {
+        const T exp_c = exp_at(c), share = logits[c] / cap;
+        values[c] = exp_c * (T(1) - share * share);
+        return exp_c;
+      });
+    } else if (keep) {
+      exps.add(block.columns, [&](int64_t c) { return values[c] = exp_at(c); });
+    } else {
+      exps.add(block.columns, exp_at);
+    }
     maximum[token] = largest[0];
     exp_sum[token] = exps.total();
     logit_sum[token] = scale * sums.total();
-    const int64_t target = block.targets[token] - block.column;
-    if (target >= 0 && target < block.columns) target_logit[token] = scale * logits[target];
   }
 }
 
@@ -80,11 +94,17 @@ void differentiate(const LogitBlock<T>& block, const T* lse, const T* row_softma
   }
 }
 
+template <class T>
+void differentiate_kept(const void* kept, Type type, int64_t count, T factor, T less, T* out) {
+  load_values(kept, type, count, out);
+  for (int64_t i = 0; i < count; ++i) out[i] = multiply_add(factor, out[i], -less);
+}
+
 }  // namespace
 
 extern const LossTable loss_table = {
-    {&reduce<float>, &differentiate<float>},
-    {&reduce<double>, &differentiate<double>},
+    {&reduce<float>, &differentiate<float>, &differentiate_kept<float>},
+    {&reduce<double>, &differentiate<double>, &differentiate_kept<double>},
 };
 
 }  // namespace glam::cpu::GLAM_ISA

@@ -124,9 +124,14 @@ def _loss_samples(level: str, dtype: torch.dtype) -> list[Sample]:
             sample(7, 4, 9, True, 0.5, 1e-2, 0.0, 0.0),
             sample(5, 3, 8, True, 0.7, 1e-2, 0.1, 0.0),
             sample(4, 5, 6, True, 0.7, 1e-2, 0.1, 2.0),
+            sample(4, 5, 6, True, 0.7, 1e-2, 0.0, 2.0),
         ]
     if level == "tiles":
-        return [
+        more_than_a_block = [
+            sample(12, 9, 2500, True, 0.3, 1e-3, 0.1, 0.0),
+            sample(11, 8, 4200, True, 0.3, 1e-3, 0.0, 3.0),
+        ]
+        return more_than_a_block + [
             sample(t, d, v, n % 2 == 0, 0.3, 1e-3, 0.0, 0.0)
             for n, (t, d, v) in enumerate(
                 [
