@@ -47,7 +47,7 @@ class Program:
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()

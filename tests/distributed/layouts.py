@@ -197,7 +197,7 @@ def training_config(case: Case) -> TrainingConfig:
 
 
 def run_cases(expert: int, cases: list[Case], given: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
-    mesh = init_mesh(expert, timeout=60.0)
+    mesh = init_mesh(expert, timeout=300.0)
     return [train(case, mesh, given.get(case.name)) for case in cases]
 
 

@@ -27,7 +27,7 @@ def loss_of(model: layouts.GLaM, options: functional.Options, batch: layouts.Bat
 
 
 def both_forms(name: str, chunks: int, compiled: bool) -> dict[str, float]:
-    mesh = init_mesh(expert=2, timeout=60.0)
+    mesh = init_mesh(expert=2, timeout=300.0)
     case = layouts.Case(name, {"capacity_factor": CAPACITY[name]})
     group = mesh.group_name("expert")
     model = layouts.GLaM(case.config, seed=5, expert_group=group, exchange_chunks=chunks)

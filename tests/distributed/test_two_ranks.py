@@ -189,7 +189,7 @@ def _rank(rank: int, folder: str) -> None:
     import glam_ext  # noqa: F401
 
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout)
     for check in CHECKS:
         check(rank)

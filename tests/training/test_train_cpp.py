@@ -121,7 +121,7 @@ def test_under_torchrun(program: Program, data: Data, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node=2"]
     arguments = [data.train, "--steps", STEPS, "--batch-size", 4, "--log-interval", 1, "--expert", 2]
     command += [str(argument) for argument in (program.path, *arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     lines(result.stdout)
 
