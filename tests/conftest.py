@@ -31,21 +31,21 @@ def pytest_report_header() -> list[str]:
 class FailuresAtOnce:
     """Names a failure and its reason when it happens: the summary is for a run that reaches its end."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        terminal = self.config.pluginmanager.getplugin("terminalreporter")
-        if report.failed and terminal:
+        if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = crash.message if crash else report.longreprtext
-            terminal.ensure_newline()
-            terminal.write_line(f"{report.nodeid} failed in {report.when}: {reason}", red=True)
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"{report.nodeid} failed in {report.when}: {reason}", red=True)
 
 
+@pytest.hookimpl(trylast=True)  # once there is a terminal, which a worker process of pytest-xdist has not
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # a worker process of pytest-xdist has no terminal
-        config.pluginmanager.register(FailuresAtOnce(config))
+    if terminal := config.pluginmanager.getplugin("terminalreporter"):
+        config.pluginmanager.register(FailuresAtOnce(terminal))
 
 
 @pytest.fixture
