@@ -1,5 +1,5 @@
-// CPU kernels of glam::linear_cross_entropy: tokens in blocks whose logits fit kLogitBytes, the vocabulary in blocks of
-// columns.
+// CPU kernels of glam::linear_cross_entropy: tokens in blocks of which kKeptBytes hold what is kept, the vocabulary in
+// blocks of columns.
 //
 // With gradients: a block's logits are multiplied once and the exponentials of their softmax kept, in hidden's dtype; once
 // its rows' statistics are known they become the logits' gradients, which feed the two products that give the gradients
@@ -25,7 +25,7 @@ namespace glam::cpu {
 namespace {
 
 constexpr auto kOp = "glam::linear_cross_entropy";
-constexpr int64_t kLogitBytes = 128 << 20;
+constexpr int64_t kKeptBytes = 128 << 20;
 constexpr int64_t kLogitColumns = 1024;  // multiplied at a time: narrow, so that many rows share a packed panel
 constexpr int64_t kTokensPerTask = 64;
 constexpr int64_t kGradientColumns = 4096;  // at a time: deep, so that the sums are seldom loaded and stored
@@ -311,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& 
   const Tensor grad_hidden = at::zeros(needs_hidden ? hidden.sizes() : at::IntArrayRef({0}), options);
   const Tensor grad_embedding = dispatch_accumulation(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const int64_t most = std::max<int64_t>(1, kLogitBytes / (hidden.element_size() * vocabulary));
+    const int64_t most = std::max<int64_t>(1, kKeptBytes / (hidden.element_size() * vocabulary));
     const int64_t blocks = (num_tokens + most - 1) / most;
     const int64_t tokens_per_block = blocks == 0 ? 1 : (num_tokens + blocks - 1) / blocks;
     // More than one block is added up in the accumulation dtype.
@@ -320,18 +320,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(const Tensor& 
     if (num_tokens == 0) sum.zero_();
     // A smoothed label's part of a capped logit's gradient needs the slope alone.
     const bool keeps = logit_cap == 0 || label_smoothing == 0;
-    Kept<T> kept;
+    Kept<T> of_all_columns;
+    Kept<T>* const kept = keeps ? &of_all_columns : nullptr;
     const Tensor values =
         empty_large({keeps ? std::min(tokens_per_block, num_tokens) : 0, vocabulary}, hidden.options());
     for_each_part(num_tokens, tokens_per_block, [&](int64_t first, int64_t count) {
       const Logits block = logits.tokens(first, count);
       const Statistics of_block = statistics.tokens(first, count);
-      if (keeps) kept.values = values.narrow(0, 0, count);
-      reduce<T>(block, of_block, keeps ? &kept : nullptr);
+      if (kept) kept->values = values.narrow(0, 0, count);
+      reduce<T>(block, of_block, kept);
       const RowFactors<T> factors(count, of_block.lse.const_data_ptr<T>(),
                                   weights ? weights->const_data_ptr<T>() + first : nullptr, T(1),
                                   {z_loss, label_smoothing, vocabulary});
-      add_gradients<T>(block, of_block, factors, keeps ? &kept : nullptr,
+      add_gradients<T>(block, of_block, factors, kept,
                        {.hidden = needs_hidden ? grad_hidden.narrow(0, first, count) : Tensor(),
                         .embedding = needs_embedding ? sum : Tensor(),
                         .embedding_is_empty = first == 0});
