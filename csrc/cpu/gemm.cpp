@@ -9,10 +9,7 @@
 namespace glam::cpu {
 namespace {
 
-// Sizes are chosen for second-level caches of 1 MiB and more and a shared third level.
-constexpr int64_t kBlockBytes = 512 << 10;  // of a task's A panels and its part of C
-constexpr int64_t kMostRowTiles = 16;       // of a block: more rows reuse a B panel no better
-constexpr int64_t kColumnsPerBlock = 1024;  // without an epilogue
+constexpr int64_t kColumnsPerSlice = 1024;  // without an epilogue
 constexpr int64_t kPackedBytes = 4 << 20;   // of B panels packed at a time; a product with an epilogue is whole
 constexpr int64_t kBuffers = 3;             // of packed panels
 constexpr int64_t kStripsPerTask = 4;       // packed at a time
@@ -81,11 +78,14 @@ class Run {
 
   // As many for each thread, of nearly one size: none is a straggler.
   int64_t row_blocks(const Product& p, int64_t columns) const {
-    const int64_t row_bytes = functions_.panel_bytes(p.k) + columns * static_cast<int64_t>(sizeof(T));
-    const int64_t tiles = std::clamp<int64_t>(kBlockBytes / (row_bytes * functions_.tile_rows), 1, kMostRowTiles);
+    const int64_t c_columns = needs_sums() ? columns : 0;
+    const int64_t row_bytes = functions_.panel_bytes(p.k) + c_columns * static_cast<int64_t>(sizeof(T));
+    const int64_t tile_bytes = std::max<int64_t>(row_bytes * functions_.tile_rows, 1);
+    const int64_t tiles = std::clamp<int64_t>(functions_.block_bytes / tile_bytes, 1, functions_.block_row_tiles);
     const int64_t all = row_tiles(p), blocks = divide_up(all, tiles);
     return std::min(all, blocks == 1 ? 1 : round_up(blocks, at::get_num_threads()));
   }
+  bool needs_sums() const { return epilogue_ || !functions_.sums_in_registers; }
   int64_t row_tiles(const Product& p) const { return divide_up(p.m, functions_.tile_rows); }
   // The first row of a block.
   int64_t row_of(const Product& p, int64_t block, int64_t blocks) const {
@@ -93,7 +93,7 @@ class Run {
   }
 
   void make_batches() {
-    int64_t columns_per_slice = kColumnsPerBlock;
+    int64_t columns_per_slice = kColumnsPerSlice;
     // Where there are too few tasks for the threads: narrower ones.
     const int64_t wanted = at::get_num_threads() * kTasksPerThread;
     while (!epilogue_ && columns_per_slice > functions_.tile_columns && count_tasks(columns_per_slice) < wanted) {
@@ -162,17 +162,17 @@ class Run {
     const int64_t block = task - slice.first_task, row = row_of(p, block, slice.blocks);
     const int64_t rows = row_of(p, block + 1, slice.blocks) - row;
     const int64_t padded = round_up(rows, functions_.tile_rows);
-    const int64_t stride = round_up(slice.columns, functions_.tile_columns);
+    const int64_t stride = needs_sums() ? round_up(slice.columns, functions_.tile_columns) : 0;
     char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(p.k));
     T* const c = c_scratch.get<T>(padded * stride);
     functions_.pack_a(p.a, row, row + rows, p.k, a);
     const void* const b = slice.in_place ? slice.in_place : buffer + slice.packed;
-    functions_.multiply(rows, slice.columns, p.k, a, b, c, stride);
-    functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
     if (epilogue_) {
+      functions_.multiply(rows, slice.columns, p.k, a, b, c, stride);
+      functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
       (*epilogue_)(slice.product, row, rows, c, stride);
     } else {
-      functions_.store(c, stride, rows, slice.columns, p.c, row, slice.column);
+      functions_.multiply_into(rows, slice.columns, p.k, a, b, p.b, p.c, row, slice.column, c, stride);
     }
   }
 

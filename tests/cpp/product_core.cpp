@@ -1,11 +1,17 @@
 // The product core of one format (GLAM_FORMAT): products of operands of every kind against double, and the promise that
-// an element's bits depend on its row and column alone, however many rows there are. Prints the largest relative error.
+// an element's bits depend on its row and column alone, however many rows there are and however they are stored. Prints the
+// largest relative error and a checksum of all bits.
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/kernels/gemm_functions.h"
 #include "ops/packed_layout.h"
@@ -25,6 +31,7 @@ constexpr bool kIsBf16 = std::is_same_v<Format, Bf16Precision>;
 
 const auto functions = kernels::GemmEntries<Format>::functions();
 std::mt19937 generator(1);
+uint64_t checksum = 0;
 
 // A matrix [outer][depth] and the ways in which an operand can hold it.
 struct Matrix {
@@ -99,23 +106,77 @@ Matrix stored(int64_t columns, int64_t depth, bool as_integers) {
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Rows [begin, end) of A and B, packed.
+struct Panels {
+  int64_t rows, columns;  // padded
+  std::vector<char> left, right;
+
+  Panels(const Matrix& a, const Matrix& b, int64_t begin, int64_t end)
+      : rows(round_up(end - begin, functions.tile_rows)),
+        columns(round_up(b.outer, functions.tile_columns)),
+        left(rows * functions.panel_bytes(a.depth)),
+        right(columns * functions.panel_bytes(a.depth)) {
+    functions.pack_a(a.operand, begin, end, a.depth, left.data());
+    functions.pack_b(b.operand, 0, b.outer, a.depth, right.data());
+    const void* const in_place = functions.panels_in_place(b.operand, 0, a.depth);
+    if (in_place && std::memcmp(in_place, right.data(), right.size()) != 0) {
+      std::printf("what is read in place is not what packing gives\n");
+      std::exit(1);
+    }
+  }
+};
+
 // Rows [begin, end) of A times B.
 std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
-  const int64_t rows = round_up(end - begin, functions.tile_rows), columns = round_up(b.outer, functions.tile_columns);
-  std::vector<char> left(rows * functions.panel_bytes(a.depth)), right(columns * functions.panel_bytes(a.depth));
-  std::vector<Sum> c(rows * columns, NAN);
-  functions.pack_a(a.operand, begin, end, a.depth, left.data());
-  functions.pack_b(b.operand, 0, b.outer, a.depth, right.data());
-  const void* const in_place = functions.panels_in_place(b.operand, 0, a.depth);
-  if (in_place && std::memcmp(in_place, right.data(), right.size()) != 0) {
-    std::printf("what is read in place is not what packing gives\n");
-    std::exit(1);
-  }
-  functions.multiply(end - begin, b.outer, a.depth, left.data(), in_place ? in_place : right.data(), c.data(), columns);
-  functions.scale(b.operand, end - begin, 0, b.outer, c.data(), columns);
+  const Panels panels(a, b, begin, end);
+  std::vector<Sum> c(panels.rows * panels.columns, NAN);
+  functions.multiply(end - begin, b.outer, a.depth, panels.left.data(), panels.right.data(), c.data(), panels.columns);
+  functions.scale(b.operand, end - begin, 0, b.outer, c.data(), panels.columns);
   std::vector<Sum> result;
-  for (int64_t i = 0; i < end - begin; ++i) result.insert(result.end(), &c[i * columns], &c[i * columns] + b.outer);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    result.insert(result.end(), &c[i * panels.columns], &c[i * panels.columns] + b.outer);
+  }
   return result;
+}
+
+// The product into outputs of every kind must be `c`, added or rounded, and nothing beside it.
+void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) {
+  const Panels panels(a, b, 0, a.outer);
+  std::vector<Sum> scratch(panels.rows * panels.columns);
+  const int64_t column = 32, stride = column + round_up(b.outer, 32);
+  for (const bool in_halves : {false, true}) {
+    if (in_halves && sizeof(Sum) != sizeof(float)) continue;
+    for (const bool accumulate : {false, true}) {
+      for (const bool stream : {false, true}) {
+        const int64_t elements = (a.outer + 1) * stride;
+        auto* const values = static_cast<Sum*>(std::aligned_alloc(64, (elements * sizeof(Sum) + 63) / 64 * 64));
+        auto* const halves = reinterpret_cast<uint16_t*>(values);
+        for (int64_t i = 0; i < elements; ++i) in_halves ? void(halves[i] = 0x3f80) : void(values[i] = 1);
+        functions.multiply_into(a.outer, b.outer, a.depth, panels.left.data(), panels.right.data(), b.operand,
+                                {.data = in_halves ? static_cast<void*>(halves + column) : values + column,
+                                 .type = in_halves          ? Type::bf16
+                                         : sizeof(Sum) == 8 ? Type::f64
+                                                            : Type::f32,
+                                 .row_stride = stride,
+                                 .accumulate = accumulate,
+                                 .stream = stream},
+                                1, 0, scratch.data(), panels.columns);
+        for (int64_t i = 0; i < elements; ++i) {
+          const int64_t row = i / stride - 1, j = i % stride - column;
+          const bool inside = row >= 0 && j >= 0 && j < b.outer;
+          const Sum sum = inside ? c[row * b.outer + j] + (accumulate ? Sum(1) : Sum(0)) : Sum(1);
+          const bool same = in_halves ? halves[i] == kernels::float_to_bf16(static_cast<float>(sum))
+                                      : std::memcmp(&values[i], &sum, sizeof(sum)) == 0;
+          if (!same) {
+            std::printf("stored in %s%s%s, a product differs\n", in_halves ? "bfloat16" : "full precision",
+                        accumulate ? ", added" : "", stream ? ", past the caches" : "");
+            std::exit(1);
+          }
+        }
+        std::free(values);
+      }
+    }
+  }
 }
 
 // The first rows, by the kernel that reads B where it lies.
@@ -138,6 +199,12 @@ void expect_same(const std::vector<Sum>& rows, const Sum* among_many, const char
 
 double check(const Matrix& a, const Matrix& b) {
   const std::vector<Sum> c = product(a, b, 0, a.outer);
+  for (const Sum value : c) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(value));
+    checksum = (checksum ^ bits) * 0x100000001b3u;
+  }
+  check_outputs(a, b, c);
   double worst = 0;
   for (int64_t i = 0; i < a.outer; ++i) {
     for (int64_t j = 0; j < b.outer; ++j) {
@@ -164,6 +231,9 @@ double check(const Matrix& a, const Matrix& b) {
 }  // namespace
 
 int main() {
+#if defined(__AMX_BF16__)
+  syscall(SYS_arch_prctl, 0x1023, 18);  // as csrc/cpu/isa.cpp
+#endif
   double worst = 0;
   int kind = 0;
   for (const int64_t depth : {0, 1, 2, 31, 32, 33, 64, 513, 1025, 3200}) {
@@ -189,5 +259,5 @@ int main() {
       }
     }
   }
-  std::printf("%.3g\n", worst);
+  std::printf("%.3g %016llx\n", worst, static_cast<unsigned long long>(checksum));
 }

@@ -21,6 +21,8 @@ FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+FLAGS["avx512bf16"] = [*FLAGS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
+FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 def run_kernel_program(folder: Path, name: str, flags: Sequence[str], arguments: Sequence[str] = ()) -> str:

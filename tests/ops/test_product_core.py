@@ -13,7 +13,15 @@ import glam_ext
 
 from .kernel_program import FLAGS, run_kernel_program
 
+SUPPORTED = set(glam_ext.build_info()["backends"]["cpu"]["isa_supported"])
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def run(isa: str, defines: list[str], tmp_path: Path) -> tuple[float, str]:
+    """The largest error, and a checksum of all results."""
+    flags = ["-O1", "-Wno-psabi", *SANITIZERS, *FLAGS[isa], "-DGLAM_ISA=tested"]
+    error, checksum = run_kernel_program(tmp_path, "product_core", [*flags, *(f"-D{name}" for name in defines)]).split()
+    return float(error), checksum
 
 
 # Errors are relative to the sum of the magnitudes. AMX rounds a sum once in 16 pairs, the others once or twice in each.
@@ -29,6 +37,13 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     ids=["double", "float", "bf16", "bf16-avx512bf16", "bf16-amx"],
 )
 def test_products(defines: list[str], bound: float, tmp_path: Path) -> None:
-    has_avx2 = "avx2" in glam_ext.build_info()["backends"]["cpu"]["isa_supported"]
-    flags = ["-O1", "-Wno-psabi", *SANITIZERS, *FLAGS["avx2" if has_avx2 else "baseline"], "-DGLAM_ISA=tested"]
-    assert float(run_kernel_program(tmp_path, "product_core", [*flags, *(f"-D{name}" for name in defines)])) < bound
+    error, _ = run("avx2" if "avx2" in SUPPORTED else "baseline", defines, tmp_path)
+    assert error < bound
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
+def test_what_emulates_an_instruction_set_has_its_bits(isa: str, tmp_path: Path) -> None:
+    if isa not in SUPPORTED:
+        pytest.skip(f"this CPU has no {isa}")
+    emulated = ["GLAM_FORMAT=Bf16Precision", f"GLAM_EMULATE_{isa.upper()}"]
+    assert run(isa, ["GLAM_FORMAT=Bf16Precision"], tmp_path) == run("avx2", emulated, tmp_path)

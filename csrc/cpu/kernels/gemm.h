@@ -70,50 +70,6 @@ inline void multiply_tile(int64_t steps, const Element* a, const Element* b, Sum
   }
 }
 
-#if GLAM_AMX
-// The same in tile registers: sums in 0 to 3, A in 4 and 5, B in 6 and 7. ROWS of the strip's two tiles of rows matter.
-template <int ROWS>
-inline void multiply_tile(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool first) {
-  constexpr bool both = ROWS > tiles::kRows;
-  constexpr int64_t kRowBytes = tiles::kColumns * sizeof(uint32_t);
-  const int64_t stride = c_stride * static_cast<int64_t>(sizeof(float));
-  float* const lower = c + tiles::kRows * c_stride;
-  if (first) {
-    tiles::zero<0>();
-    tiles::zero<1>();
-    if constexpr (both) {
-      tiles::zero<2>();
-      tiles::zero<3>();
-    }
-  } else {
-    tiles::load<0>(c, stride);
-    tiles::load<1>(c + tiles::kColumns, stride);
-    if constexpr (both) {
-      tiles::load<2>(lower, stride);
-      tiles::load<3>(lower + tiles::kColumns, stride);
-    }
-  }
-  for (int64_t step = 0; step < steps; step += tiles::kColumns) {
-    tiles::load<6>(b + step * kTileColumns<float>, 2 * kRowBytes);
-    tiles::load<7>(b + step * kTileColumns<float> + tiles::kColumns, 2 * kRowBytes);
-    tiles::load<4>(a + step * kTileRows, kRowBytes);
-    tiles::multiply<0, 4, 6>();
-    tiles::multiply<1, 4, 7>();
-    if constexpr (both) {
-      tiles::load<5>(a + step * kTileRows + tiles::kRows * tiles::kColumns, kRowBytes);
-      tiles::multiply<2, 5, 6>();
-      tiles::multiply<3, 5, 7>();
-    }
-  }
-  tiles::store<0>(c, stride);
-  tiles::store<1>(c + tiles::kColumns, stride);
-  if constexpr (both) {
-    tiles::store<2>(lower, stride);
-    tiles::store<3>(lower + tiles::kColumns, stride);
-  }
-}
-#endif
-
 // c[padded rows][padded columns] = A B for packed panels. c_stride >= padded_columns(columns).
 template <class Element, class Sum>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const Element* a_panels,
@@ -124,9 +80,6 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
     }
     return;
   }
-#if GLAM_AMX
-  tiles::configure();
-#endif
   // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it.
   const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
   // k blocks of nearly one size: a short one would load and store its sums for little.
@@ -156,9 +109,6 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
       }
     }
   }
-#if GLAM_AMX
-  tiles::release();
-#endif
 }
 
 // Past the caches, to an address that is aligned to a vector.
@@ -178,30 +128,33 @@ inline void stream_row(const T* in, int64_t columns, void* out, Type type) {
   }
 }
 
+// values[columns] -> the part of a row of `output` that begins at (row, column).
+template <class T>
+inline void store_row(const T* values, int64_t columns, const Output& output, int64_t row, int64_t column) {
+  void* const out = advance(output.data, output.type, row * output.row_stride + column);
+  if (!output.accumulate) {
+    if (output.stream && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
+      stream_row(values, columns, out, output.type);
+    } else {
+      store_values(values, columns, out, output.type);
+    }
+    return;
+  }
+  T sums[kLoadChunk];
+  for (int64_t j = 0; j < columns; j += kLoadChunk) {
+    const int64_t part = columns - j < kLoadChunk ? columns - j : kLoadChunk;
+    void* const out_part = advance(out, output.type, j);
+    load_values(out_part, output.type, part, sums);
+    for (int64_t l = 0; l < part; ++l) sums[l] += values[j + l];
+    store_values(sums, part, out_part, output.type);
+  }
+}
+
 // values[rows][stride] -> the block of `output` whose first element is (row, column).
 template <class T>
 inline void store_block(const T* values, int64_t stride, int64_t rows, int64_t columns, const Output& output,
                         int64_t row, int64_t column) {
-  T sums[kLoadChunk];
-  for (int64_t i = 0; i < rows; ++i) {
-    void* const out = advance(output.data, output.type, (row + i) * output.row_stride + column);
-    const T* const in = values + i * stride;
-    if (output.stream && !output.accumulate && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
-      stream_row(in, columns, out, output.type);
-      continue;
-    }
-    if (!output.accumulate) {
-      store_values(in, columns, out, output.type);
-      continue;
-    }
-    for (int64_t j = 0; j < columns; j += kLoadChunk) {
-      const int64_t part = columns - j < kLoadChunk ? columns - j : kLoadChunk;
-      void* const out_part = advance(out, output.type, j);
-      load_values(out_part, output.type, part, sums);
-      for (int64_t l = 0; l < part; ++l) sums[l] += in[j + l];
-      store_values(sums, part, out_part, output.type);
-    }
-  }
+  for (int64_t i = 0; i < rows; ++i) store_row(values + i * stride, columns, output, row + i, column);
   if (output.stream) finish_streaming();
 }
 

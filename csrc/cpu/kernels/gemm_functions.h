@@ -3,8 +3,14 @@
 
 #include "cpu/kernels/gemm_few.h"
 #include "cpu/kernels/gemm_table.h"
+#include "cpu/kernels/gemm_tiles.h"
 
 namespace glam::cpu::GLAM_ISA {
+
+// For second-level caches of 1 MiB and more, of 2 MiB where there is AMX, and a shared third level. More rows reuse a B
+// panel no better.
+inline constexpr int64_t kBlockBytes = GLAM_AMX ? 768 << 10 : 512 << 10;
+inline constexpr int64_t kBlockRowTiles = GLAM_AMX ? 6 : 16;
 
 template <class Format>
 struct GemmEntries {
@@ -35,6 +41,19 @@ struct GemmEntries {
     multiply_panels(rows, columns, Format::steps(depth), static_cast<const Element*>(a_panels),
                     static_cast<const Element*>(b_panels), c, c_stride);
   }
+  static void multiply_into(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels,
+                            const Operand& b, const Output& output, int64_t row, int64_t column, Sum* c,
+                            int64_t c_stride) {
+#if GLAM_AMX
+    multiply_panels_into(rows, columns, Format::steps(depth), static_cast<const Element*>(a_panels),
+                         static_cast<const Element*>(b_panels), output, row, column,
+                         [&](Sum* values, int64_t j) { scale(b, 1, column + j, kTileColumns<Sum>, values, 0); });
+#else
+    multiply(rows, columns, depth, a_panels, b_panels, c, c_stride);
+    scale(b, rows, column, columns, c, c_stride);
+    store_block(c, c_stride, rows, columns, output, row, column);
+#endif
+  }
 #if GLAM_AMX
   // Its chain has an order of its own.
   static bool can_stream_in_order(const Operand&, const Operand&) { return false; }
@@ -52,11 +71,15 @@ struct GemmEntries {
   static constexpr GemmFunctions<Sum> functions() {
     return {.tile_rows = kTileRows,
             .tile_columns = kTileColumns<Sum>,
+            .block_bytes = kBlockBytes,
+            .block_row_tiles = kBlockRowTiles,
+            .sums_in_registers = GLAM_AMX,
             .panel_bytes = &panel_bytes,
             .pack_a = &pack_a,
             .pack_b = &pack_b,
             .panels_in_place = &panels_in_place,
             .multiply = &multiply,
+            .multiply_into = &multiply_into,
             .scale = &scale,
             .few_rows = kFewRows,
             .can_stream = &can_stream_in_order,

@@ -10,6 +10,11 @@ template <class T>
 struct GemmFunctions {
   int64_t tile_rows;
   int64_t tile_columns;
+  // Limits of what a thread works on at a time: bytes of A panels and, unless multiply_into does without it, its part of
+  // C; and tiles of rows.
+  int64_t block_bytes;
+  int64_t block_row_tiles;
+  bool sums_in_registers;
   // Of a panel: bytes of one outer index for a depth.
   int64_t (*panel_bytes)(int64_t depth);
   // Panels of the outer indices [begin, end), of the A side and of the B side.
@@ -19,6 +24,10 @@ struct GemmFunctions {
   const void* (*panels_in_place)(const Operand& b, int64_t column, int64_t depth);
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, T* c,
                    int64_t c_stride);
+  // The same with the scales of columns [column, column + columns) of B, stored as the block of `output` at (row, column).
+  // c as in multiply, or unused if the sums stay in registers.
+  void (*multiply_into)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels,
+                        const Operand& b, const Output& output, int64_t row, int64_t column, T* c, int64_t c_stride);
   // c[rows][columns] *= the scales that columns [column, column + columns) of B have, if B is stored as integers.
   void (*scale)(const Operand& b, int64_t rows, int64_t column, int64_t columns, T* c, int64_t c_stride);
   // For up to few_rows rows of A: with loaded rows (few_rows * panel_bytes), columns [column, column + columns) of a B that is

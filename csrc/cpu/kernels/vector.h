@@ -90,16 +90,24 @@ inline void load_values(const void* data, Type type, int64_t count, T* out) {
 template <class T>
 inline void stream_values(const T* in, int64_t count, T* out) {
 #if defined(__x86_64__)
-  constexpr int lanes = VectorOf<T>::lanes;
+#if defined(__AVX512F__)
+  using Register = __m512i;
+#elif defined(__AVX2__)
+  using Register = __m256i;
+#else
+  using Register = __m128i;
+#endif
+  constexpr int64_t lanes = sizeof(Register) / sizeof(T);
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {
+    auto* const to = reinterpret_cast<Register*>(out + i);
+    const auto* const from = reinterpret_cast<const Register*>(in + i);
 #if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+    _mm512_stream_si512(to, _mm512_loadu_si512(from));
 #elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)));
+    _mm256_stream_si256(to, _mm256_loadu_si256(from));
 #else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+    _mm_stream_si128(to, _mm_loadu_si128(from));
 #endif
   }
   for (; i < count; ++i) out[i] = in[i];
