@@ -22,7 +22,7 @@ FLAGS = {
     ],
 }
 FLAGS["avx512bf16"] = [*FLAGS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
-FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+FLAGS["amx"] = [*FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 
 def run_kernel_program(folder: Path, name: str, flags: Sequence[str], arguments: Sequence[str] = ()) -> str:

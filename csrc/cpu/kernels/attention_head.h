@@ -43,9 +43,10 @@ struct HeadKernels {
     Carver carve(scratch);
     auto* const q = carve.take<Element>(Format::steps(A));
     auto* const probabilities = carve.take<Element>(Format::steps(num_keys));
-    T *const scores = carve.take<T>(num_keys), *const row = carve.take<T>(padded_columns<T>(A));
+    const int64_t padded_keys = padded_columns<T>(num_keys);
+    T *const scores = carve.take<T>(padded_keys), *const row = carve.take<T>(padded_columns<T>(A));
     load_few<Format>(rows_at(head.q, head.type, head.q_stride, query), 1, A, q);
-    multiply_few<Format>(1, q, rows_at(head.k, head.type, head.k_stride, 0), 0, num_keys, A, scores, num_keys);
+    multiply_few<Format>(1, q, rows_at(head.k, head.type, head.k_stride, 0), 0, num_keys, A, scores, padded_keys);
     T largest = head.extra_logit ? T(0) : -infinity<T>;
     for (int64_t key = 0; key < num_keys; ++key) {
       scores[key] = finish_logit(head, scores[key] + head.line[position - key]);

@@ -10,6 +10,24 @@ namespace glam::cpu::GLAM_ISA {
 
 inline constexpr int kFewRows = 8;
 
+// Whether B can be read where it lies.
+template <class Format>
+inline bool can_stream(const Operand& a, const Operand& b) {
+  using Sum = typename Format::Sum;
+  if (a.rows_are_k || !is_plain(b) || b.row_index) return false;
+  if (b.stored) return true;
+  if constexpr (std::is_same_v<Format, Bf16Precision>) {
+    return b.type == Type::bf16 || b.type == Type::f32;
+  } else {
+    return b.type == (sizeof(Sum) == 8 ? Type::f64 : Type::f32);
+  }
+}
+
+// As many rows as the kernels are made for: the others are zeros.
+inline int64_t padded_few(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
+
+#if !GLAM_AMX  // which has gemm_few_tiles.h
+
 // B's rows are k: steps pass over a stretch of columns, a few at a time, with the sums in the L1 cache.
 inline constexpr int64_t kStepsAtOnce = 4;  // more rows, often a power of two apart, would share a cache set
 // Vectors of sums of each row of A that are kept at once: chains to fill the time that an addition takes.
@@ -197,22 +215,6 @@ inline void stream_rows(const typename Format::Element* a, int64_t depth, const 
   }
 }
 
-// Whether B can be read where it lies.
-template <class Format>
-inline bool can_stream(const Operand& a, const Operand& b) {
-  using Sum = typename Format::Sum;
-  if (a.rows_are_k || !is_plain(b) || b.row_index) return false;
-  if (b.stored) return true;
-  if constexpr (std::is_same_v<Format, Bf16Precision>) {
-    return b.type == Type::bf16 || b.type == Type::f32;
-  } else {
-    return b.type == (sizeof(Sum) == 8 ? Type::f64 : Type::f32);
-  }
-}
-
-// As many rows as the kernels are made for: the others are zeros.
-inline int64_t padded_few(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
-
 // A's rows, [steps][padded_few].
 template <class Format>
 inline void load_few(const Operand& a, int64_t rows, int64_t depth, typename Format::Element* out) {
@@ -285,4 +287,10 @@ inline void multiply_few(int64_t rows, const typename Format::Element* a, const 
   }
 }
 
+#endif  // !GLAM_AMX
+
 }  // namespace glam::cpu::GLAM_ISA
+
+#if GLAM_AMX
+#include "cpu/kernels/gemm_few_tiles.h"
+#endif

@@ -23,7 +23,7 @@ struct GemmEntries {
   }
   static void pack_b(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels) {
     if constexpr (std::is_same_v<Sum, float>) {
-      if (operand.stored) return pack_stored<Format>(operand, begin, end, depth, static_cast<Element*>(panels));
+      if (operand.stored) return pack_stored<Format>(operand, begin, end, 0, depth, static_cast<Element*>(panels));
     }
     pack_strips<Format, kTileColumns<Sum>>(operand, begin, end, depth, static_cast<Element*>(panels));
   }
@@ -54,17 +54,10 @@ struct GemmEntries {
     store_block(c, c_stride, rows, columns, output, row, column);
 #endif
   }
-#if GLAM_AMX
-  // Its chain has an order of its own.
-  static bool can_stream_in_order(const Operand&, const Operand&) { return false; }
-  static void multiply_few_rows(int64_t, const void*, const Operand&, int64_t, int64_t, int64_t, Sum*, int64_t) {}
-#else
-  static bool can_stream_in_order(const Operand& a, const Operand& b) { return can_stream<Format>(a, b); }
   static void multiply_few_rows(int64_t rows, const void* a, const Operand& b, int64_t column, int64_t columns,
                                 int64_t depth, Sum* c, int64_t c_stride) {
     multiply_few<Format>(rows, static_cast<const Element*>(a), b, column, columns, depth, c, c_stride);
   }
-#endif
   static void load_few_rows(const Operand& a, int64_t rows, int64_t depth, void* out) {
     load_few<Format>(a, rows, depth, static_cast<Element*>(out));
   }
@@ -82,7 +75,7 @@ struct GemmEntries {
             .multiply_into = &multiply_into,
             .scale = &scale,
             .few_rows = kFewRows,
-            .can_stream = &can_stream_in_order,
+            .can_stream = &can_stream<Format>,
             .load_few = &load_few_rows,
             .multiply_few = &multiply_few_rows,
             .store = &store_block<Sum>};

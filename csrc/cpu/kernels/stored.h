@@ -16,6 +16,8 @@ namespace glam::cpu::GLAM_ISA {
 
 static_assert(kStripColumns % kTileColumns<float> == 0);
 
+inline constexpr int64_t kStripAhead = 2048;  // bytes of a strip that are fetched before they are read
+
 inline const char* strip_of(const Operand& operand, int64_t column) {
   return static_cast<const char*>(operand.data) + column / kStripColumns * operand.row_stride * size_of(operand.type);
 }
@@ -32,60 +34,6 @@ inline void load_stored(const Operand& operand, const char* strip, int64_t colum
   } else {
     const auto* const row = reinterpret_cast<const uint16_t*>(strip) + k / 2 * 2 * kStripColumns + 2 * column + k % 2;
     for (int i = 0; i < kWidth; ++i) out[i] = bf16_to_float(row[2 * i]);
-  }
-}
-
-// Panels of columns [begin, end), both multiples of the panel's columns or the last one: as pack_strips, without the
-// scales.
-template <class Format>
-inline void pack_stored(const Operand& operand, int64_t begin, int64_t end, int64_t depth,
-                        typename Format::Element* panels) {
-  constexpr int kWidth = kTileColumns<typename Format::Sum>;
-  const int64_t steps = Format::steps(depth);
-  for (int64_t i = begin; i < end; i += kWidth, panels += steps * kWidth) {
-    const char* const strip = strip_of(operand, i);
-    const int64_t column = i % kStripColumns;
-    if constexpr (Format::kDepth == 2) {
-      if (operand.type == Type::bf16) {  // as they lie
-        const auto* const words = reinterpret_cast<const uint32_t*>(strip);
-        for (int64_t step = 0; step < depth / 2; ++step) {
-          std::memcpy(panels + step * kWidth, words + step * kStripColumns + column, kWidth * sizeof(uint32_t));
-        }
-        for (int64_t word = depth / 2 * kWidth; word < steps * kWidth; ++word) panels[word] = 0;
-        continue;
-      }
-    }
-    float values[2][kWidth] = {};
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int half = 0; half < Format::kDepth; ++half) {
-        const int64_t k = Format::first_k(step) + half;
-        if (k < depth) {
-          load_stored<kWidth>(operand, strip, column, k, values[half]);
-        } else {
-          for (float& value : values[half]) value = 0;
-        }
-      }
-      store_step<kWidth>(Format(), values[0], values[1], panels + step * kWidth);
-    }
-  }
-}
-
-// The strips themselves where they are panels; else null.
-template <class Format>
-inline const void* stored_panels(const Operand& operand, int64_t column, int64_t depth) {
-  constexpr bool same_columns = Format::kDepth == 2 && kTileColumns<float> == kStripColumns;
-  const bool same = same_columns && operand.stored && operand.type == Type::bf16 && Format::steps(depth) * 2 == depth;
-  return same ? strip_of(operand, column) : nullptr;
-}
-
-// c[rows][columns] *= the scales of columns [column, column + columns).
-inline void scale_columns(const Operand& operand, int64_t rows, int64_t column, int64_t columns, float* c,
-                          int64_t c_stride) {
-  for (int64_t j = 0; j < columns; j += kTileColumns<float>) {
-    const float* const scales = scales_of(operand, column + j);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t l = 0; l < kTileColumns<float>; ++l) c[i * c_stride + j + l] *= scales[l];
-    }
   }
 }
 
@@ -140,13 +88,70 @@ struct PairOfInt8 {
   }
 };
 
+// Panels of columns [begin, end), both multiples of the panel's columns or the last one, for k from `first` (even) on: as
+// pack_strips, without the scales.
+template <class Format>
+inline void pack_stored(const Operand& operand, int64_t begin, int64_t end, int64_t first, int64_t depth,
+                        typename Format::Element* panels) {
+  constexpr int kWidth = kTileColumns<typename Format::Sum>;
+  const int64_t steps = Format::steps(depth);
+  for (int64_t i = begin; i < end; i += kWidth, panels += steps * kWidth) {
+    const char* const strip = strip_of(operand, i);
+    const int64_t column = i % kStripColumns;
+    if constexpr (Format::kDepth == 2) {
+      using Words = typename VectorOf<uint32_t>::type;
+      const auto pack_pairs = [&]<class Pair>(Pair, const char* pair) {
+        constexpr int64_t kPairBytes = Pair::kBytes * kStripColumns;
+        for (int64_t step = 0; step < depth / 2; ++step, pair += kPairBytes) {
+          for (int64_t byte = 0; byte < kPairBytes; byte += kLine) __builtin_prefetch(pair + kStripAhead + byte);
+          for (int j = 0; j < kWidth; j += VectorOf<uint32_t>::lanes) {
+            *reinterpret_cast<Words*>(panels + step * kWidth + j) = Pair::load(pair, column + j);
+          }
+        }
+      };
+      if (operand.type == Type::bf16) {
+        pack_pairs(PairOfBf16(), strip + first * 2 * kStripColumns);
+      } else {
+        pack_pairs(PairOfInt8(), strip + (kScaleRows + first) * kStripColumns);
+      }
+      for (int64_t word = depth / 2 * kWidth; word < steps * kWidth; ++word) panels[word] = 0;
+    } else {
+      float values[kWidth];
+      const float* const none = nullptr;
+      for (int64_t step = 0; step < steps; ++step) {
+        load_stored<kWidth>(operand, strip, column, first + Format::first_k(step), values);
+        store_step<kWidth>(Format(), values, none, panels + step * kWidth);
+      }
+    }
+  }
+}
+
+// The strips themselves where they are panels; else null.
+template <class Format>
+inline const void* stored_panels(const Operand& operand, int64_t column, int64_t depth) {
+  constexpr bool same_columns = Format::kDepth == 2 && kTileColumns<float> == kStripColumns;
+  const bool same = same_columns && operand.stored && operand.type == Type::bf16 && Format::steps(depth) * 2 == depth;
+  return same ? strip_of(operand, column) : nullptr;
+}
+
+// c[rows][columns] *= the scales of columns [column, column + columns).
+inline void scale_columns(const Operand& operand, int64_t rows, int64_t column, int64_t columns, float* c,
+                          int64_t c_stride) {
+  for (int64_t j = 0; j < columns; j += kTileColumns<float>) {
+    const float* const scales = scales_of(operand, column + j);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t l = 0; l < kTileColumns<float>; ++l) c[i * c_stride + j + l] *= scales[l];
+    }
+  }
+}
+
 // c[M][columns] for kStrips whole strips from `column` on: as many chains as it takes to fill the time of an addition.
 template <class Format, int M, class Pair, int kStrips>
 inline void stream_strips_at_once(const typename Format::Element* a, int64_t depth, const Operand& b, int64_t column,
                                   float* c, int64_t c_stride) {
   using Vector = typename VectorOf<float>::type;
   constexpr int lanes = VectorOf<float>::lanes;
-  constexpr int64_t kPairBytes = Pair::kBytes * kStripColumns, kAhead = 2048;  // bytes
+  constexpr int64_t kPairBytes = Pair::kBytes * kStripColumns;
   constexpr int kSums = kVectorBytes == 64 ? 16 : 8, kStripVectors = kStripColumns / lanes;
   constexpr int kPerStrip = kSums / M / kStrips, kVectors = kPerStrip < 1               ? 1
                                                             : kPerStrip < kStripVectors ? kPerStrip
@@ -160,7 +165,7 @@ inline void stream_strips_at_once(const typename Format::Element* a, int64_t dep
 #pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s) {
         for (int64_t byte = 0; part == 0 && byte < kPairBytes; byte += kLine) {
-          __builtin_prefetch(pair[s] + kAhead + byte);
+          __builtin_prefetch(pair[s] + kStripAhead + byte);
         }
         const auto step = [&](int64_t index, auto right, int v) {
 #pragma GCC unroll 8

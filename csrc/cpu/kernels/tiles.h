@@ -16,43 +16,46 @@
 namespace glam::cpu::GLAM_ISA::tiles {
 
 inline constexpr int kRows = 16;
-inline constexpr int kColumns = 16;  // float sums, or pairs of bfloat16
+inline constexpr int kColumns = 16;    // float sums, or pairs of bfloat16
+inline constexpr int kFirstRight = 6;  // registers 6 and 7 hold right sides
 
 #if defined(GLAM_EMULATE_AMX)
 
 inline thread_local uint32_t registers[8][kRows][kColumns];
-inline thread_local bool configured = false;
+inline thread_local int left_rows = 0;  // 0: not configured
+template <int kTile>
+inline int rows_of() {
+  if (left_rows == 0) __builtin_trap();
+  return kTile < kFirstRight ? left_rows : kRows;
+}
 
 inline float half_of(uint32_t pair, int index) {
   const uint32_t bits = index == 0 ? pair << 16 : pair & 0xffff0000u;
   return __builtin_bit_cast(float, bits);
 }
 
-inline void configure() { configured = true; }
-inline void release() { configured = false; }
+inline void configure(int rows = kRows) { left_rows = rows; }
+inline void release() { left_rows = 0; }
 template <int kTile>
 inline void zero() {
-  if (!configured) __builtin_trap();
-  std::memset(registers[kTile], 0, sizeof(registers[kTile]));
+  std::memset(registers[kTile], 0, rows_of<kTile>() * sizeof(registers[kTile][0]));
 }
 template <int kTile>
 inline void load(const void* data, int64_t stride) {
-  if (!configured) __builtin_trap();
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < rows_of<kTile>(); ++i) {
     std::memcpy(registers[kTile][i], static_cast<const char*>(data) + i * stride, sizeof(registers[kTile][i]));
   }
 }
 template <int kTile>
 inline void store(void* data, int64_t stride) {
-  if (!configured) __builtin_trap();
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < rows_of<kTile>(); ++i) {
     std::memcpy(static_cast<char*>(data) + i * stride, registers[kTile][i], sizeof(registers[kTile][i]));
   }
 }
 template <int kSum, int kLeft, int kRight>
 inline void multiply() {
-  if (!configured) __builtin_trap();
-  for (int m = 0; m < kRows; ++m) {
+  static_assert(kSum < kFirstRight && kLeft < kFirstRight && kRight >= kFirstRight);
+  for (int m = 0; m < rows_of<kSum>(); ++m) {
     float halves[2][kColumns] = {};
     for (int k = 0; k < kColumns; ++k) {
       for (int n = 0; n < kColumns; ++n) {
@@ -71,17 +74,18 @@ inline void multiply() {
 
 #else
 
-// The calling thread's registers, all of full size, until release().
-inline void configure() {
+// The calling thread's registers until release(): sums and left sides of so many rows.
+inline void configure(int rows = kRows) {
   struct alignas(64) Configuration {
     uint8_t palette = 1;
     uint8_t start_row = 0;
     uint8_t reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {kRows, kRows, kRows, kRows, kRows, kRows, kRows, kRows};
-  };
-  static constexpr Configuration configuration;
+    uint8_t rows[16] = {};
+  } configuration;
   static_assert(sizeof(Configuration) == 64);
+  for (int tile = 0; tile < 8; ++tile)
+    configuration.rows[tile] = static_cast<uint8_t>(tile < kFirstRight ? rows : kRows);
   asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
 }
 inline void release() { asm volatile("tilerelease" : : : "memory"); }
