@@ -1,42 +1,15 @@
-// The parts of attention over one block of kQueries queries and one block of keys: products on rows as they lie, scores
-// [keys][queries] with bias, cap and mask, and their gradients. Everything is vectorised across queries.
+// The parts of attention over one block of kQueries queries and one block of keys: scores [keys][queries] with bias, cap
+// and mask, and their gradients. Everything is vectorised across queries.
 #pragma once
 
-#include <utility>
-
 #include "cpu/kernels/attention.h"
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/attention_products.h"
 #include "cpu/kernels/math.h"
 
 namespace glam::cpu::GLAM_ISA {
 
-// As many queries as a packed panel of the product core has columns.
-template <class T>
-inline constexpr int64_t kQueries = kTileColumns<T>;
-static_assert(kQueries<float> <= kLinePadding, "the bias line is padded for a whole block of queries");
-
-// Rows of a register tile, and keys at a time: whole tiles of them, whose scores, gradients and panels stay in the L1 and
-// L2 caches. Even, for bfloat16 takes pairs.
-#if defined(__AVX512F__)
-inline constexpr int kMostRows = 14;
-inline constexpr int64_t kKeys = 4 * kMostRows;
-#elif defined(__AVX2__)
-inline constexpr int kMostRows = 6;
-inline constexpr int64_t kKeys = 9 * kMostRows;
-#else
-inline constexpr int kMostRows = 4;
-inline constexpr int64_t kKeys = 14 * kMostRows;
-#endif
-inline constexpr int64_t round_up_to_tiles(int64_t rows) { return (rows + kMostRows - 1) / kMostRows * kMostRows; }
-
 template <class T>
 inline constexpr T infinity = static_cast<T>(__builtin_inf());
-
-// Elements of `depth` numbers, without the padding that a tile register would want.
-template <class Format>
-inline constexpr int64_t steps_of(int64_t depth) {
-  return std::is_same_v<Format, Bf16Precision> ? (depth + 1) / 2 * 2 / Format::kDepth : depth;
-}
 
 // Parts of the caller's scratch, each on a cache line of its own; without scratch it counts bytes.
 class Carver {
@@ -55,93 +28,7 @@ class Carver {
   int64_t bytes_ = 0;
 };
 
-// Products -------------------------------------------------------------------------------------------------------
-
-// Element (row, step) of A at a[row * kRowStride + step * step_stride].
-template <int ROWS, int kRowStride, class Element, class Sum>
-inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_stride, const Element* panel, Sum* c,
-                               int64_t c_stride, bool first) {
-  using Vector = typename VectorOf<Sum>::type;
-  constexpr int lanes = VectorOf<Sum>::lanes, kVectors = kTileColumns<Sum> / lanes;
-  Vector sum[ROWS][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = first ? Vector{} : *reinterpret_cast<const Vector*>(c + i * c_stride + j * lanes);
-    }
-  }
-  for (int64_t step = 0; step < steps; ++step, a += step_stride) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        const Element* const right = panel + step * kTileColumns<Sum> + j * lanes;
-        accumulate(a[i * kRowStride], *reinterpret_cast<const typename VectorOf<Element>::type*>(right), sum[i][j]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) *reinterpret_cast<Vector*>(c + i * c_stride + j * lanes) = sum[i][j];
-  }
-}
-
-// `rows` of such rows, 1 to kMostRows.
-template <int kRowStride, class Element, class Sum>
-inline void multiply_some_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* panel,
-                               Sum* c, int64_t c_stride, bool first) {
-  const auto run = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-    ((rows == kRows + 1 &&
-      (multiply_rows_tile<kRows + 1, kRowStride>(steps, a, step_stride, panel, c, c_stride, first), true)) ||
-     ...);
-  };
-  run(std::make_integer_sequence<int, kMostRows>());
-}
-
-// c[rows][the panel's columns] (+)= A B for any number of rows, in tiles of nearly one size: the chains of kernels/gemm.h.
-template <int kRowStride, class Element, class Sum>
-inline void multiply_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* panel,
-                          Sum* c, int64_t c_stride, bool first) {
-  const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-    multiply_some_rows<kRowStride>(count, steps, a + row * kRowStride, step_stride, panel, c + row * c_stride, c_stride,
-                                   first);
-  }
-}
-
-// The same for A in strips of kMostRows rows, `strip` elements apart.
-template <class Element, class Sum>
-inline void multiply_strips(int64_t rows, int64_t steps, const Element* a, int64_t strip, const Element* panel, Sum* c,
-                            int64_t c_stride) {
-  for (int64_t row = 0; row < rows; row += kMostRows, a += strip) {
-    const int64_t count = rows - row < kMostRows ? rows - row : kMostRows;
-    multiply_some_rows<1>(count, steps, a, kMostRows, panel, c + row * c_stride, c_stride, true);
-  }
-}
-
-// out[step][width] = steps whose k are the operand's rows, columns [0, width).
-template <class Format>
-inline void load_columns(const Operand& operand, int64_t width, int64_t depth, typename Format::Element* out) {
-  using Sum = typename Format::Sum;
-  const int64_t steps = steps_of<Format>(depth);
-  constexpr int64_t kChunk = kTileColumns<Sum>;
-  for (int64_t step = 0; step < steps; ++step, out += width) {
-    for (int64_t column = 0; column < width; column += kChunk) {
-      const int64_t part = width - column < kChunk ? width - column : kChunk;
-      Sum values[2][kChunk] = {};
-      for (int half = 0; half < Format::kDepth; ++half) {
-        const int64_t k = Format::first_k(step) + half;
-        if (k < depth) load_row(operand, k, column, part, values[half]);
-      }
-      typename Format::Element elements[kChunk];
-      store_step<kChunk>(Format(), values[0], values[1], elements);
-      for (int64_t i = 0; i < part; ++i) out[column + i] = elements[i];
-    }
-  }
-}
+// Scores in products ---------------------------------------------------------------------------------------------
 
 // Scores as the left side of a product over queries: rows, kQueries / kDepth elements apart.
 template <class T>
@@ -151,6 +38,9 @@ inline const T* rows_of_scores(FullPrecision<T>, const T* scores, int64_t, T*) {
 inline const Bf16Precision::Element* rows_of_scores(Bf16Precision, const float* scores, int64_t rows,
                                                     Bf16Precision::Element* out) {
   constexpr int64_t Q = kQueries<float>, kSteps = Q / Bf16Precision::kDepth;
+  if constexpr (GLAM_AMX) {  // whole tiles
+    for (int64_t i = rows * kSteps; i < round_up_to_tiles(rows) * kSteps; ++i) out[i] = 0;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     if constexpr (Bf16Precision::kDepth == 2) {
       store_values(scores + i * Q, Q, out + i * kSteps, Type::bf16);

@@ -21,11 +21,11 @@ struct HeadKernels {
 
     Forward(Carver& carve, int64_t num_keys, int64_t A) {
       keys = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
-      values = carve.take<Element>(steps_of<Format>(num_keys) * A);
+      values = carve.take<Element>(columns_elements<Format>(A, num_keys));
       q_panel = carve.take<Element>(Format::steps(A) * Q);
       probabilities = carve.take<Element>(steps_of<Format>(kKeys) * Q);
-      scores = carve.take<T>(num_keys * Q);
-      out = carve.take<T>(A * Q);
+      scores = carve.take<T>(round_up_to_tiles(num_keys) * Q);
+      out = carve.take<T>(round_up_to_tiles(A) * Q);
       row = carve.take<T>(A);
     }
   };
@@ -87,7 +87,8 @@ struct HeadKernels {
     const int64_t num_keys = head.query_position + end, steps = steps_of<Format>(A), depth = Format::steps(A);
     Carver carve(scratch);
     const Forward work(carve, num_keys, A);
-    pack_strips<Format, kMostRows>(rows_at(head.k, head.type, head.k_stride, 0), 0, num_keys, A, work.keys);
+    begin_products();
+    pack_left_strips<Format>(rows_at(head.k, head.type, head.k_stride, 0), 0, num_keys, A, work.keys);
     load_columns<Format>(rows_at(head.v, head.type, head.v_stride, 0, true), A, num_keys, work.values);
 
     for (int64_t query = begin; query < end; query += Q) {
@@ -97,7 +98,7 @@ struct HeadKernels {
       for (int64_t q = 0; q < Q; ++q) shift[q] = head.extra_logit ? T(0) : -infinity<T>;
       for_keys(block, [&](int64_t first, int64_t count) {
         T* const scores = work.scores + (first - block.key_begin) * Q;
-        multiply_strips(count, steps, work.keys + first * depth, kMostRows * depth, work.q_panel, scores, Q);
+        multiply_strips(count, steps, work.keys + first * depth, kTileRows * depth, work.q_panel, scores, Q, true);
         finish_scores(head, block, first, count, scores, [&](const T* row, int64_t) {
           for (int64_t q = 0; q < Q; ++q) shift[q] = row[q] > shift[q] ? row[q] : shift[q];
         });
@@ -105,7 +106,7 @@ struct HeadKernels {
       for (int64_t q = 0; q < Q; ++q) shift[q] = shift[q] == -infinity<T> ? T(0) : shift[q];
       // The extra logit 0 comes first.
       for (int64_t q = 0; q < Q; ++q) sum[q] = head.extra_logit ? exp(-shift[q]) : T(0);
-      for (int64_t i = 0; i < A * Q; ++i) work.out[i] = T(0);
+      for (int64_t i = 0; i < round_up_to_tiles(A) * Q; ++i) work.out[i] = T(0);
       for_keys(block, [&](int64_t first, int64_t count) {
         T* const scores = work.scores + (first - block.key_begin) * Q;
         for (int64_t i = 0; i < count; ++i) {
@@ -115,14 +116,14 @@ struct HeadKernels {
           for (int64_t q = 0; q < Q; ++q) row[q] = flush(row[q]);
         }
         const Element* const panel = panel_of_scores(Format(), scores, count, work.probabilities);
-        multiply_rows<1>(A, steps_of<Format>(count), work.values + first / Format::kDepth * A, A, panel, work.out, Q,
-                         false);
+        add_over_keys<Format>(A, num_keys, work.values, first, count, panel, work.out);
       });
       for (int64_t i = 0; lse && i < block.valid; ++i) lse[query - begin + i] = log_of_sum(sum[i], shift[i]);
       for (int64_t q = 0; q < Q; ++q) sum[q] = inverse_of_sum(sum[q]);
       store_transposed(work.out, block.valid, A, sum, work.row, advance(out, head.type, (query - begin) * out_stride),
                        head.type, out_stride);
     }
+    end_products();
   }
 
   struct Backward {
@@ -133,19 +134,20 @@ struct HeadKernels {
     Backward(Carver& carve, int64_t num_keys, int64_t A) : wide(padded_columns<T>(A)) {
       keys = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
       values = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
-      key_columns = carve.take<Element>(steps_of<Format>(num_keys) * A);
+      key_columns = carve.take<Element>(columns_elements<Format>(A, num_keys));
       q_panel = carve.take<Element>(Format::steps(A) * Q);
       grad_panel = carve.take<Element>(Format::steps(A) * Q);
       q_rows = carve.take<Element>(Format::steps(Q) * wide);
       grad_rows = carve.take<Element>(Format::steps(Q) * wide);
       left = carve.take<Element>(kKeys * Q);
       right = carve.take<Element>(steps_of<Format>(kKeys) * Q);
-      grad_k = carve.take<T>(num_keys * wide);
-      grad_v = carve.take<T>(num_keys * wide);
-      scores = carve.take<T>(num_keys * Q);
-      grad_scores = carve.take<T>(num_keys * Q);
+      const int64_t rows = round_up_to_tiles(num_keys);
+      grad_k = carve.take<T>(rows * wide);
+      grad_v = carve.take<T>(rows * wide);
+      scores = carve.take<T>(rows * Q);
+      grad_scores = carve.take<T>(rows * Q);
       slopes = carve.take<T>(num_keys * Q);
-      grad_q = carve.take<T>(A * Q);
+      grad_q = carve.take<T>(round_up_to_tiles(A) * Q);
       row = carve.take<T>(A);
     }
   };
@@ -156,25 +158,17 @@ struct HeadKernels {
     return carve.bytes();
   }
 
-  // c[key][a] += sum over the queries, in order, of left[key][query] * rows[query][a].
-  static void add_over_queries(int64_t keys, int64_t queries, int64_t A, const Element* left, const Element* rows, T* c,
-                               int64_t stride) {
-    for (int64_t a = 0; a < A; a += kTileColumns<T>) {
-      multiply_rows<Q / Format::kDepth>(keys, steps_of<Format>(queries), left, 1, rows + a * Format::steps(queries),
-                                        c + a, stride, false);
-    }
-  }
-
   // Query blocks in order, so that every sum over queries runs in their order.
   static void backward(const AttentionHead<T>& head, int64_t S, const AttentionGradients<T>& gradients, char* scratch) {
     const int64_t A = head.A, steps = steps_of<Format>(A), depth = Format::steps(A);
     const Type type = head.type;
     Carver carve(scratch);
     const Backward work(carve, S, A);
-    pack_strips<Format, kMostRows>(rows_at(head.k, type, head.k_stride, 0), 0, S, A, work.keys);
-    pack_strips<Format, kMostRows>(rows_at(head.v, type, head.v_stride, 0), 0, S, A, work.values);
+    begin_products();
+    pack_left_strips<Format>(rows_at(head.k, type, head.k_stride, 0), 0, S, A, work.keys);
+    pack_left_strips<Format>(rows_at(head.v, type, head.v_stride, 0), 0, S, A, work.values);
     load_columns<Format>(rows_at(head.k, type, head.k_stride, 0, true), A, S, work.key_columns);
-    for (int64_t i = 0; i < S * work.wide; ++i) work.grad_k[i] = work.grad_v[i] = T(0);
+    for (int64_t i = 0; i < round_up_to_tiles(S) * work.wide; ++i) work.grad_k[i] = work.grad_v[i] = T(0);
     T ones[Q];
     for (T& one : ones) one = T(1);
 
@@ -195,14 +189,14 @@ struct HeadKernels {
       for_keys(block, [&](int64_t first, int64_t count) {
         T* const scores = work.scores + first * Q;
         T* const grad_scores = work.grad_scores + first * Q;
-        const int64_t strip = kMostRows * depth;
-        multiply_strips(count, steps, work.keys + first * depth, strip, work.q_panel, scores, Q);
-        multiply_strips(count, steps, work.values + first * depth, strip, work.grad_panel, grad_scores, Q);
+        const int64_t strip = kTileRows * depth;
+        multiply_strips(count, steps, work.keys + first * depth, strip, work.q_panel, scores, Q, true);
+        multiply_strips(count, steps, work.values + first * depth, strip, work.grad_panel, grad_scores, Q, true);
         finish_scores(head, block, first, count, scores, [&](T* row, int64_t i) {
           reduce_scores(head, shift, grad_scores + i * Q, row, work.slopes + (first + i) * Q, delta);
         });
       });
-      for (int64_t i = 0; i < A * Q; ++i) work.grad_q[i] = T(0);
+      for (int64_t i = 0; i < round_up_to_tiles(A) * Q; ++i) work.grad_q[i] = T(0);
       for_keys(block, [&](int64_t first, int64_t count) {
         const T* const scores = work.scores + first * Q;
         T* const grads = work.grad_scores + first * Q;
@@ -211,17 +205,18 @@ struct HeadKernels {
                                gradients.grad_line + (block.position - first - i));
         }
         const Element* const panel = panel_of_scores(Format(), grads, count, work.right);
-        multiply_rows<1>(A, steps_of<Format>(count), work.key_columns + first / Format::kDepth * A, A, panel,
-                         work.grad_q, Q, false);
+        add_over_keys<Format>(A, S, work.key_columns, first, count, panel, work.grad_q);
         const Element* const grad_scores = rows_of_scores(Format(), grads, count, work.left);
-        add_over_queries(count, block.valid, A, grad_scores, work.q_rows, work.grad_k + first * work.wide, work.wide);
+        add_over_queries<Format>(count, block.valid, A, grad_scores, work.q_rows, work.grad_k + first * work.wide,
+                                 work.wide);
         const Element* const probabilities = rows_of_scores(Format(), scores, count, work.left);
-        add_over_queries(count, block.valid, A, probabilities, work.grad_rows, work.grad_v + first * work.wide,
-                         work.wide);
+        add_over_queries<Format>(count, block.valid, A, probabilities, work.grad_rows, work.grad_v + first * work.wide,
+                                 work.wide);
       });
       store_transposed(work.grad_q, block.valid, A, ones, work.row,
                        advance(gradients.grad_q, type, query * gradients.out_stride), type, gradients.out_stride);
     }
+    end_products();
     for (int64_t key = 0; key < S; ++key) {
       const int64_t to = key * gradients.out_stride;
       store_values(work.grad_k + key * work.wide, A, advance(gradients.grad_k, type, to), type);

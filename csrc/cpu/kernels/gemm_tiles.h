@@ -11,18 +11,29 @@ namespace glam::cpu::GLAM_ISA {
 // a Xeon of 2024 with all operands in the L1 cache): one is stored now and then, to nowhere.
 inline constexpr int64_t kStoreSteps = 8 * tiles::kColumns;
 
-// c[rows of one strip of A][columns of one strip of B] = A B, of A's two tiles of rows the first one or both. between() is
-// called once in a tile's steps. Sums are in registers 0 to 3, A in 4 and 5, B in 6 and 7.
+// c[rows of one strip of A][columns of one strip of B] (+)= A B, of A's two tiles of rows the first one or both. between()
+// is called once in a tile's steps. Sums are in registers 0 to 3, A in 4 and 5, B in 6 and 7.
 template <bool both, class Between>
-inline void multiply_tile(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride,
+inline void multiply_tile(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool first,
                           Between&& between) {
   alignas(kLine) static thread_local char nowhere[tiles::kRows * kLine];
   constexpr int64_t kRowBytes = tiles::kColumns * sizeof(uint32_t);
-  tiles::zero<0>();
-  tiles::zero<1>();
-  if constexpr (both) {
-    tiles::zero<2>();
-    tiles::zero<3>();
+  const int64_t stride = c_stride * static_cast<int64_t>(sizeof(float));
+  float* const lower = c + tiles::kRows * c_stride;
+  if (first) {
+    tiles::zero<0>();
+    tiles::zero<1>();
+    if constexpr (both) {
+      tiles::zero<2>();
+      tiles::zero<3>();
+    }
+  } else {
+    tiles::load<0>(c, stride);
+    tiles::load<1>(c + tiles::kColumns, stride);
+    if constexpr (both) {
+      tiles::load<2>(lower, stride);
+      tiles::load<3>(lower + tiles::kColumns, stride);
+    }
   }
   for (int64_t step = 0; step < steps;) {
     const int64_t end = steps - step < kStoreSteps ? steps : step + kStoreSteps;
@@ -41,11 +52,9 @@ inline void multiply_tile(int64_t steps, const uint32_t* a, const uint32_t* b, f
     }
     if (step < steps) tiles::store<6>(nowhere, kLine);
   }
-  const int64_t stride = c_stride * static_cast<int64_t>(sizeof(float));
   tiles::store<0>(c, stride);
   tiles::store<1>(c + tiles::kColumns, stride);
   if constexpr (both) {
-    float* const lower = c + tiles::kRows * c_stride;
     tiles::store<2>(lower, stride);
     tiles::store<3>(lower + tiles::kColumns, stride);
   }
@@ -71,9 +80,9 @@ inline void for_tiles(int64_t rows, int64_t columns, int64_t steps, const uint32
           between();
         };
         if (rows - i <= tiles::kRows) {
-          multiply_tile<false>(steps, a, b, c, c_stride, fetch);
+          multiply_tile<false>(steps, a, b, c, c_stride, true, fetch);
         } else {
-          multiply_tile<true>(steps, a, b, c, c_stride, fetch);
+          multiply_tile<true>(steps, a, b, c, c_stride, true, fetch);
         }
       });
     }
