@@ -75,12 +75,11 @@ inline void multiply_stored(int64_t rows, const uint32_t* a, const Operand& b, i
   }
 }
 
-// Lines of rows [first, first + 32) of B, rows of k, in the columns of a strip.
-inline void fetch_rows(const Operand& b, int64_t first, int64_t column) {
-  const int64_t bytes = kTileColumns<float> * size_of(b.type);
-  for (int64_t row = first; row < first + 2 * tiles::kColumns; ++row) {
-    const auto* const part = static_cast<const char*>(advance(b.data, b.type, row * b.row_stride + column));
-    for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(part + byte, 0, 2);
+// `count` of B's rows from `first` on, `elements` of each from `begin` on, into the second-level cache.
+inline void fetch_rows(const Operand& b, int64_t first, int64_t count, int64_t begin, int64_t elements) {
+  for (int64_t row = first; row < first + count; ++row) {
+    const auto* const part = static_cast<const char*>(advance(b.data, b.type, row * b.row_stride + begin));
+    for (int64_t byte = 0; byte < elements * size_of(b.type); byte += kLine) __builtin_prefetch(part + byte, 0, 2);
   }
 }
 
@@ -102,9 +101,18 @@ inline void multiply_plain(int64_t rows, const uint32_t* a, const Operand& b, in
       pack_strips<Format, kWidth>(operand, column + j, column + end, part, panels);
       for (int64_t i = j; i < end; i += kWidth) {
         const uint32_t* const panel = panels + (i - j) * steps;
-        if (b.rows_are_k) fetch_rows(b, k + part, column + i);
-        multiply_strip(steps, rows, a + k / 2 * rows, c + i, c_stride, k == 0,
-                       [&](int64_t step) { return panel + step * kWidth; });
+        const int64_t fetched =
+            steps > 0 ? (kWidth * tiles::kColumns + steps - 1) / steps : 0;  // rows in a block's time
+        int64_t next = b.rows_are_k ? k + part : k + part < depth ? column + j : column + end;
+        multiply_strip(steps, rows, a + k / 2 * rows, c + i, c_stride, k == 0, [&](int64_t step) {
+          if (b.rows_are_k) {
+            fetch_rows(b, next, fetched, column + i, kWidth);
+          } else {
+            fetch_rows(b, next, fetched, k + part < depth ? k + part : 0, part);
+          }
+          next += fetched;
+          return panel + step * kWidth;
+        });
       }
       k += part;
     } while (k < depth);
