@@ -1,5 +1,7 @@
 #include "cpu/gemm.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "cpu/phases.h"
@@ -14,6 +16,18 @@ constexpr int64_t kPackedBytes = 4 << 20;   // of B panels packed at a time; a p
 constexpr int64_t kBuffers = 3;             // of packed panels
 constexpr int64_t kStripsPerTask = 4;       // packed at a time
 constexpr int64_t kTasksPerThread = 4;      // where there is little to do, blocks become smaller to share it
+
+// Bytes of a core's own; 1 MiB where the system does not say.
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    constexpr int64_t kLeast = 256 << 10, kMost = 2 << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    if (const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return std::clamp<int64_t>(size, kLeast, kMost);
+#endif
+    return int64_t{1} << 20;
+  }();
+  return bytes;
+}
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -81,7 +95,8 @@ class Run {
     const int64_t c_columns = needs_sums() ? columns : 0;
     const int64_t row_bytes = functions_.panel_bytes(p.k) + c_columns * static_cast<int64_t>(sizeof(T));
     const int64_t tile_bytes = std::max<int64_t>(row_bytes * functions_.tile_rows, 1);
-    const int64_t tiles = std::clamp<int64_t>(functions_.block_bytes / tile_bytes, 1, functions_.block_row_tiles);
+    const int64_t block_bytes = second_level_cache() / 8 * functions_.block_eighths;
+    const int64_t tiles = std::clamp<int64_t>(block_bytes / tile_bytes, 1, functions_.block_row_tiles);
     const int64_t all = row_tiles(p), blocks = divide_up(all, tiles);
     return std::min(all, blocks == 1 ? 1 : round_up(blocks, at::get_num_threads()));
   }

@@ -7,10 +7,9 @@
 
 namespace glam::cpu::GLAM_ISA {
 
-// For second-level caches of 1 MiB and more, of 2 MiB where there is AMX, and a shared third level. More rows reuse a B
-// panel no better.
-inline constexpr int64_t kBlockBytes = GLAM_AMX ? 768 << 10 : 512 << 10;
+// More rows reuse a B panel no better.
 inline constexpr int64_t kBlockRowTiles = GLAM_AMX ? 6 : 16;
+inline constexpr int64_t kBlockEighths = GLAM_AMX ? 3 : 4;
 
 template <class Format>
 struct GemmEntries {
@@ -64,8 +63,8 @@ struct GemmEntries {
   static constexpr GemmFunctions<Sum> functions() {
     return {.tile_rows = kTileRows,
             .tile_columns = kTileColumns<Sum>,
-            .block_bytes = kBlockBytes,
             .block_row_tiles = kBlockRowTiles,
+            .block_eighths = kBlockEighths,
             .sums_in_registers = GLAM_AMX,
             .panel_bytes = &panel_bytes,
             .pack_a = &pack_a,

@@ -10,10 +10,10 @@ template <class T>
 struct GemmFunctions {
   int64_t tile_rows;
   int64_t tile_columns;
-  // Limits of what a thread works on at a time: bytes of A panels and, unless multiply_into does without it, its part of
-  // C; and tiles of rows.
-  int64_t block_bytes;
+  // Limits of what a thread works on at a time: tiles of rows, and the eighths of the second-level cache that A panels and,
+  // unless multiply_into does without it, C may take.
   int64_t block_row_tiles;
+  int64_t block_eighths;
   bool sums_in_registers;
   // Of a panel: bytes of one outer index for a depth.
   int64_t (*panel_bytes)(int64_t depth);
