@@ -26,10 +26,12 @@ dev: $(VENV)/.built
 demo: $(VENV)/.built
 	$(PY) -m glam_ext.recipes.demo
 
-# A file's tests share a process, as they share what it builds. Threads that wait for work give their core to others.
+# A file's tests share a process, as they share what it builds. A process that crashes ends the run: replaced, it would hang
+# (pytest-xdist, issue 784). Threads that wait for work give their core to others.
 TEST_JOBS ?= $(shell echo $$(($(MAX_JOBS) < 8 ? $(MAX_JOBS) : 8)))
 test: $(VENV)/.built
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder \
+	  --max-worker-restart=0 $(PYTEST_ARGS)
 
 test-all: $(VENV)/.built
 	$(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
