@@ -42,23 +42,19 @@ BlockImpl::BlockImpl(const GLaMConfig& config, int64_t layer, torch::Device devi
   }
 }
 
-BlockOutput BlockImpl::feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask, bool training,
-                                    const Randomness& random) {
-  const Tensor h_BSD = ffn_norm(x_BSD);
-  if (!moe) return {x_BSD + ffn(h_BSD), {}, {}, {}};
-  const MoEOutput out = moe(h_BSD, token_mask, training, random);
-  return {x_BSD + out.y_BSD, out.aux, out.router_z, out.statistics};
-}
-
 BlockOutput BlockImpl::forward(const Tensor& x_BSD, const std::optional<Tensor>& segment_ids,
                                const std::optional<Tensor>& token_mask, bool training, const Randomness& random) {
-  return feed_forward(x_BSD + attention(attention_norm(x_BSD), segment_ids), token_mask, training, random);
+  const Tensor attended_BSD = x_BSD + attention(attention_norm(x_BSD), segment_ids), h_BSD = ffn_norm(attended_BSD);
+  if (!moe) return {attended_BSD + ffn(h_BSD), {}, {}, {}};
+  const MoEOutput out = moe(h_BSD, token_mask, training, random);
+  return {attended_BSD + out.y_BSD, out.aux, out.router_z, out.statistics};
 }
 
 Tensor BlockImpl::step(const Tensor& x_BND, Tensor k_cache, Tensor v_cache, const Tensor& positions,
                        const Tensor& token_mask) {
-  const Tensor attended = attention->step(attention_norm(x_BND), k_cache, v_cache, positions);
-  return feed_forward(x_BND + attended, token_mask, /*training=*/false, {}).x_BSD;
+  const Tensor attended_BND = x_BND + attention->step(attention_norm(x_BND), k_cache, v_cache, positions);
+  const Tensor h_BND = ffn_norm(attended_BND);
+  return attended_BND + (moe ? moe->infer(h_BND, token_mask) : ffn(h_BND));
 }
 
 GLaMImpl::GLaMImpl(const GLaMConfig& config, std::optional<int64_t> seed, torch::Device device,

@@ -141,8 +141,8 @@ Tensor MoEImpl::exchanged_experts(const Tensor& h_TD, const Tensor& gates, const
   return combine(out_RD, gates, row_of_choice, choice_of_row, offsets);
 }
 
-MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
-                           const Randomness& random) {
+MoEImpl::Routed MoEImpl::routed(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
+                                const Randomness& random) {
   const Tensor h_TD = h_BSD.flatten(0, 1);
   const Tensor z_TE = router_logits(h_TD, training, random);
   const int64_t group_size = config_.group_size == 0    ? h_BSD.size(1)
@@ -160,10 +160,20 @@ MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& tok
   } else {
     y_TD = exchanged_experts(h_TD, gates, expert_ids, positions, group_size, slots);
   }
-  Tensor lse_T = torch::logsumexp(z_TE, 1);
+  return {y_TD.view(h_BSD.sizes()), z_TE, aux_G, expert_ids, positions};
+}
+
+MoEOutput MoEImpl::forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
+                           const Randomness& random) {
+  const Routed out = routed(h_BSD, token_mask, training, random);
+  Tensor lse_T = torch::logsumexp(out.z_TE, 1);
   if (token_mask) lse_T = torch::where(*token_mask, lse_T, torch::zeros_like(lse_T));
-  return {y_TD.view(h_BSD.sizes()), aux_G.mean(), ordered_sum(lse_T * lse_T),
-          router_statistics(expert_ids, positions, config_.num_experts)};
+  return {out.y_BSD, out.aux_G.mean(), ordered_sum(lse_T * lse_T),
+          router_statistics(out.expert_ids, out.positions, config_.num_experts)};
+}
+
+Tensor MoEImpl::infer(const Tensor& h_BSD, const std::optional<Tensor>& token_mask) {
+  return routed(h_BSD, token_mask, /*training=*/false, {}).y_BSD;
 }
 
 }  // namespace glam::nn

@@ -93,9 +93,14 @@ struct MoEImpl : torch::nn::Module {
   // token_mask: bool [B * S], true for real tokens. training: its capacity, its policy for second choices, jitter.
   MoEOutput forward(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training,
                     const Randomness& random);
+  Tensor infer(const Tensor& h_BSD, const std::optional<Tensor>& token_mask);  // y_BSD alone
   Tensor router, wi, wo, wg;
 
  private:
+  struct Routed {
+    Tensor y_BSD, z_TE, aux_G, expert_ids, positions;
+  };
+  Routed routed(const Tensor& h_BSD, const std::optional<Tensor>& token_mask, bool training, const Randomness& random);
   Tensor router_logits(const Tensor& h_TD, bool training, const Randomness& random) const;
   std::optional<Tensor> noise(const Tensor& z_TE, bool training, const Randomness& random) const;
   // moe_mlp with the experts of all ranks of the group.
@@ -125,10 +130,6 @@ struct BlockImpl : torch::nn::Module {
   Attention attention{nullptr};
   MoE moe{nullptr};  // one of these two
   FeedForward ffn{nullptr};
-
- private:
-  BlockOutput feed_forward(const Tensor& x_BSD, const std::optional<Tensor>& token_mask, bool training,
-                           const Randomness& random);
 };
 TORCH_MODULE(Block);
 
