@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/attention_block.h"
-#include "cpu/kernels/gemm_few.h"
+#include "cpu/kernels/gemm_few_tiles.h"
 
 namespace glam::cpu::GLAM_ISA {
 

@@ -290,7 +290,3 @@ inline void multiply_few(int64_t rows, const typename Format::Element* a, const 
 #endif  // !GLAM_AMX
 
 }  // namespace glam::cpu::GLAM_ISA
-
-#if GLAM_AMX
-#include "cpu/kernels/gemm_few_tiles.h"
-#endif

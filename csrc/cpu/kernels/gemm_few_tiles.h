@@ -5,6 +5,7 @@
 #include "cpu/kernels/gemm_few.h"
 #include "cpu/kernels/gemm_tiles.h"
 
+#if GLAM_AMX
 namespace glam::cpu::GLAM_ISA {
 
 // A's rows, [steps / 16][padded_few][16].
@@ -132,3 +133,4 @@ inline void multiply_few(int64_t rows, const uint32_t* a, const Operand& b, int6
 }
 
 }  // namespace glam::cpu::GLAM_ISA
+#endif

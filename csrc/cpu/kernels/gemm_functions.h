@@ -1,9 +1,8 @@
 // A dispatch table's entries, made of the product core.
 #pragma once
 
-#include "cpu/kernels/gemm_few.h"
+#include "cpu/kernels/gemm_few_tiles.h"
 #include "cpu/kernels/gemm_table.h"
-#include "cpu/kernels/gemm_tiles.h"
 
 namespace glam::cpu::GLAM_ISA {
 
