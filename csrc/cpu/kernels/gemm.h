@@ -5,8 +5,8 @@
 // blocks. Its bits therefore depend on its row of A and its column of B alone: not on the tile it falls in, the number
 // of rows, or the threads. The chain runs over k in ascending order, in bfloat16 over pairs of k with the odd one first,
 // which is the order of the bfloat16 dot product instruction (Intel SDM, VDPBF16PS: products are exact, sums rounded to
-// nearest; subnormal numbers are zeros there). So AVX2, AVX-512 and AVX-512-BF16 agree. AMX sums 16 pairs before it adds them to the
-// chain (kernels/tiles.h): a chain of its own, with the same promise.
+// nearest; subnormal numbers are zeros there). So AVX2, AVX-512 and AVX-512-BF16 agree. AMX sums 16 pairs before it adds
+// them to the chain (kernels/tiles.h): a chain of its own, with the same promise, whose products are in gemm_tiles.h.
 //
 // This and not a library's kernel (oneDNN's brgemm, which torch contains): measured on one core of a Zen 5 at T = 112,
 // K = 768, N = 1024 it reaches 250 GFLOP/s in float32 and 520 in bfloat16, brgemm 238 and 501, and no library gives the
