@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import glam_ext
+from tests.guards import PROCESS_SECONDS
 from tests.packaging.environments import ROOT, succeed
 
 
@@ -47,7 +48,7 @@ class Program:
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     try:
-        stdout, stderr = process.communicate(timeout=600)
+        stdout, stderr = process.communicate(timeout=PROCESS_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()

@@ -22,6 +22,7 @@ from glam_ext.training import TrainingConfig
 from glam_ext.training.config import DataSection, OptimizerSection, RunSection, ScheduleSection
 from glam_ext.training.optimizers import make_updater
 from glam_ext.training.step import accumulate_gradients
+from tests.guards import COLLECTIVE_SECONDS
 
 ROWS, LENGTH, EXPERTS, EMPTY_EXPERT, STEPS = 16, 12, 8, 7, 5
 
@@ -197,7 +198,7 @@ def training_config(case: Case) -> TrainingConfig:
 
 
 def run_cases(expert: int, cases: list[Case], given: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
-    mesh = init_mesh(expert, timeout=300.0)
+    mesh = init_mesh(expert, timeout=COLLECTIVE_SECONDS)
     return [train(case, mesh, given.get(case.name)) for case in cases]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-TIMEOUT_SECONDS = 900.0  # far beyond what a slow machine takes: for what hangs
+from tests.guards import PROCESS_SECONDS
 
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["torch", "torch.distributed", "glam_ext.training"])
@@ -43,12 +43,12 @@ def run_ranks(folder: Path, world_size: int, function: Callable[..., Any], *argu
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(TIMEOUT_SECONDS)
+        process.join(PROCESS_SECONDS)
     errors = []
     for rank, process in enumerate(ranks):
         if process.is_alive():
             process.kill()
-            errors.append(f"rank {rank} did not end in {TIMEOUT_SECONDS:.0f} s")
+            errors.append(f"rank {rank} did not end in {PROCESS_SECONDS:.0f} s")
         failure = folder / f"rank{rank}.error"
         if failure.exists():
             errors.append(f"rank {rank}: {failure.read_text()}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glam_ext import functional
 from glam_ext.distributed import init_mesh
+from tests.guards import COLLECTIVE_SECONDS
 
 from . import layouts
 from .processes import run_ranks
@@ -27,7 +28,7 @@ def loss_of(model: layouts.GLaM, options: functional.Options, batch: layouts.Bat
 
 
 def both_forms(name: str, chunks: int, compiled: bool) -> dict[str, float]:
-    mesh = init_mesh(expert=2, timeout=300.0)
+    mesh = init_mesh(expert=2, timeout=COLLECTIVE_SECONDS)
     case = layouts.Case(name, {"capacity_factor": CAPACITY[name]})
     group = mesh.group_name("expert")
     model = layouts.GLaM(case.config, seed=5, expert_group=group, exchange_chunks=chunks)

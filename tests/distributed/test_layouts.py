@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from glam_ext.distributed import Mesh
+from tests.guards import COLLECTIVE_SECONDS
 
 from . import layouts
 from .layouts import CASES, EXPERTS, Case, Outcome
@@ -152,7 +153,7 @@ def all_to_one_rank() -> None:
     """Routers that choose experts 0 and 1 for every token: the second rank computes nothing and all is well."""
     from glam_ext.distributed import init_mesh
 
-    mesh = init_mesh(expert=2, timeout=300.0)
+    mesh = init_mesh(expert=2, timeout=COLLECTIVE_SECONDS)
     for factor in (0.0, 2.0):
         case = Case("one rank", {"capacity_factor": factor})
         results = []

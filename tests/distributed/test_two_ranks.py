@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from tests.guards import COLLECTIVE_SECONDS
+
 WORLD = 2
 OFFSETS = [torch.tensor([0, 1, 1, 4, 6, 6, 9]).int(), torch.tensor([0, 2, 3, 3, 3, 3, 5]).int()]  # 2 ranks x 3 experts
 COUNTS = [(offsets[1:] - offsets[:-1]).view(WORLD, 3) for offsets in OFFSETS]
@@ -189,7 +191,7 @@ def _rank(rank: int, folder: str) -> None:
     import glam_ext  # noqa: F401
 
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=300)
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout)
     for check in CHECKS:
         check(rank)

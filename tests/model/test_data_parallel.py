@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glam_ext import GLaMConfig
+from tests.guards import PROCESS_SECONDS
 
 from .ddp_worker import STEPS
 from .helpers import assert_same_bits, backward_of, batch_of, build, config_of
@@ -45,7 +46,7 @@ def test_two_processes_train_as_one(tmp_path: Path, recompute: bool) -> None:
         for rank in range(RANKS)
     ]
     expected = expected_weights(config)
-    output = "\n".join(process.communicate(timeout=600)[0] for process in processes)
+    output = "\n".join(process.communicate(timeout=PROCESS_SECONDS)[0] for process in processes)
     for rank in range(RANKS):
         # The verdict is the file: a process may still abort while torch shuts Gloo down.
         assert (tmp_path / f"rank{rank}.pt").exists(), output

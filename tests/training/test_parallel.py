@@ -18,6 +18,7 @@ import torch
 from glam_ext import GLaM
 from glam_ext.checkpoint import Checkpoint, load_checkpoint
 from glam_ext.training import TrainingConfig, TrainingRun
+from tests.guards import PROCESS_SECONDS
 
 # Adafactor, float32 and no schedule that looks at the number of steps.
 COMMON = (
@@ -40,11 +41,11 @@ def torchrun(processes: int, config: Path, *overrides: str, restarts: int = 0) -
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     try:
-        output, _ = process.communicate(timeout=900)
+        output, _ = process.communicate(timeout=PROCESS_SECONDS)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # the launcher takes its workers with it
         output, _ = process.communicate(timeout=60)
-        pytest.fail(f"no end after 900 s: {output}")
+        pytest.fail(f"no end after {PROCESS_SECONDS:.0f} s: {output}")
     assert process.returncode == status, output
     return output
 
@@ -116,7 +117,7 @@ def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in map(int, children) if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 600.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = PROCESS_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -148,7 +149,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, config_file:
     run = tmp_path / "runs" / "run"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=PROCESS_SECONDS)
     assert "the same command goes on from here" in output
     (saved,) = (run / "checkpoints").iterdir()
     assert (saved / "COMPLETE").exists()

@@ -17,6 +17,7 @@ from glam_ext.checkpoint import load_checkpoint, verify_checkpoint
 from glam_ext.training import TrainingRun, load_config
 from tests.distributed.processes import free_port
 from tests.examples import Program, build_example, finish
+from tests.guards import PROCESS_SECONDS
 from tests.training.conftest import Data
 from tests.training.test_parallel import metrics
 
@@ -121,7 +122,7 @@ def test_under_torchrun(program: Program, data: Data, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node=2"]
     arguments = [data.train, "--steps", STEPS, "--batch-size", 4, "--log-interval", 1, "--expert", 2]
     command += [str(argument) for argument in (program.path, *arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert result.returncode == 0, result.stderr
     lines(result.stdout)
 
