@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # As cmake/GlamKernels.cmake compiles the kernels, but for the optimisation.
 COMMON = ["-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -11,10 +11,9 @@ import pytest
 
 import glam_ext
 
-from .kernel_program import FLAGS, run_kernel_program
+from .kernel_program import FLAGS, SANITIZERS, run_kernel_program
 
 SUPPORTED = set(glam_ext.build_info()["backends"]["cpu"]["isa_supported"])
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def run(isa: str, defines: list[str], tmp_path: Path) -> tuple[float, str]:
