@@ -39,11 +39,7 @@ inline void end_products() { tiles::release(); }
 inline void multiply_strips(int64_t rows, int64_t steps, const uint32_t* a, int64_t strip, const uint32_t* panel,
                             float* c, int64_t c_stride, bool first) {
   for (int64_t row = 0; row < rows; row += kTileRows, a += strip) {
-    if (rows - row <= tiles::kRows) {
-      multiply_tile<false>(steps, a, panel, c + row * c_stride, c_stride, first, [] {});
-    } else {
-      multiply_tile<true>(steps, a, panel, c + row * c_stride, c_stride, first, [] {});
-    }
+    multiply_tile(rows - row, steps, a, panel, c + row * c_stride, c_stride, first, [] {});
   }
 }
 

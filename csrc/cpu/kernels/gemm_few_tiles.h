@@ -104,13 +104,12 @@ inline void multiply_plain(int64_t rows, const uint32_t* a, const Operand& b, in
         const uint32_t* const panel = panels + (i - j) * steps;
         const int64_t fetched =
             steps > 0 ? (kWidth * tiles::kColumns + steps - 1) / steps : 0;  // rows in a block's time
-        int64_t next = b.rows_are_k ? k + part : k + part < depth ? column + j : column + end;
+        // What is packed next: more of k, or at its end the rows of the next columns.
+        const bool more = k + part < depth;
+        const int64_t begin = b.rows_are_k ? column + i : more ? k + part : 0, elements = b.rows_are_k ? kWidth : part;
+        int64_t next = b.rows_are_k ? k + part : column + (more ? j : end);
         multiply_strip(steps, rows, a + k / 2 * rows, c + i, c_stride, k == 0, [&](int64_t step) {
-          if (b.rows_are_k) {
-            fetch_rows(b, next, fetched, column + i, kWidth);
-          } else {
-            fetch_rows(b, next, fetched, k + part < depth ? k + part : 0, part);
-          }
+          fetch_rows(b, next, fetched, begin, elements);
           next += fetched;
           return panel + step * kWidth;
         });

@@ -11,11 +11,10 @@ namespace glam::cpu::GLAM_ISA {
 // a Xeon of 2024 with all operands in the L1 cache): one is stored now and then, to nowhere.
 inline constexpr int64_t kStoreSteps = 8 * tiles::kColumns;
 
-// c[rows of one strip of A][columns of one strip of B] (+)= A B, of A's two tiles of rows the first one or both. between()
-// is called once in a tile's steps. Sums are in registers 0 to 3, A in 4 and 5, B in 6 and 7.
+// multiply_tile for the first of A's two tiles of rows or both. Sums are in registers 0 to 3, A in 4 and 5, B in 6 and 7.
 template <bool both, class Between>
-inline void multiply_tile(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool first,
-                          Between&& between) {
+inline void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool first,
+                           Between&& between) {
   alignas(kLine) static thread_local char nowhere[tiles::kRows * kLine];
   constexpr int64_t kRowBytes = tiles::kColumns * sizeof(uint32_t);
   const int64_t stride = c_stride * static_cast<int64_t>(sizeof(float));
@@ -60,6 +59,18 @@ inline void multiply_tile(int64_t steps, const uint32_t* a, const uint32_t* b, f
   }
 }
 
+// c[rows of one strip of A][columns of one strip of B] (+)= A B, of which `rows` matter. between() is called once in a tile's
+// steps.
+template <class Between>
+inline void multiply_tile(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride,
+                          bool first, Between&& between) {
+  if (rows <= tiles::kRows) {
+    multiply_tiles<false>(steps, a, b, c, c_stride, first, between);
+  } else {
+    multiply_tiles<true>(steps, a, b, c, c_stride, first, between);
+  }
+}
+
 // Calls tile(i, j, multiply) for each pair of strips, a strip of B at a time; multiply(c, c_stride, between) computes it and
 // fetches the next strip of B meanwhile.
 template <class Tile>
@@ -75,15 +86,10 @@ inline void for_tiles(int64_t rows, int64_t columns, int64_t steps, const uint32
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const uint32_t* const a = a_panels + i * steps;
       tile(i, j, [&](float* c, int64_t c_stride, auto&& between) {
-        const auto fetch = [&] {
+        multiply_tile(rows - i, steps, a, b, c, c_stride, true, [&] {
           for (int64_t line = 0; line < lines; ++line, next += kLine) __builtin_prefetch(next, 0, 2);
           between();
-        };
-        if (rows - i <= tiles::kRows) {
-          multiply_tile<false>(steps, a, b, c, c_stride, true, fetch);
-        } else {
-          multiply_tile<true>(steps, a, b, c, c_stride, true, fetch);
-        }
+        });
       });
     }
   }

@@ -84,8 +84,9 @@ inline void configure(int rows = kRows) {
     uint8_t rows[16] = {};
   } configuration;
   static_assert(sizeof(Configuration) == 64);
-  for (int tile = 0; tile < 8; ++tile)
+  for (int tile = 0; tile < 8; ++tile) {
     configuration.rows[tile] = static_cast<uint8_t>(tile < kFirstRight ? rows : kRows);
+  }
   asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
 }
 inline void release() { asm volatile("tilerelease" : : : "memory"); }
