@@ -5,29 +5,19 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <vector>
 
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "cpu/kernels/attention_head.h"
+#include "format.h"
 
-namespace kernels = glam::cpu::GLAM_ISA;
 using glam::cpu::AttentionGradients;
 using glam::cpu::AttentionHead;
 using glam::cpu::Type;
 
 namespace {
 
-template <class T>
-using FullPrecision = kernels::FullPrecision<T>;
-using kernels::Bf16Precision;
-using Format = GLAM_FORMAT;
-using Sum = Format::Sum;
-constexpr bool kIsBf16 = std::is_same_v<Format, Bf16Precision>;
 using Stored = std::conditional_t<kIsBf16, uint16_t, Sum>;
 constexpr Type kType = kIsBf16 ? Type::bf16 : sizeof(Sum) == 8 ? Type::f64 : Type::f32;
 
@@ -99,11 +89,20 @@ struct Case {
   }
 };
 
+// On a cache line, with nothing after it.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(std::aligned_alloc(kernels::kLine, bytes)), &std::free) {}
+  char* data() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<char, decltype(&std::free)> data_;
+};
+
 std::vector<Stored> forward(const Case& c, int64_t begin, int64_t end, Sum* lse) {
-  std::vector<char> scratch(functions.forward_scratch(end, c.A) + 64);
-  char* const aligned = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+  const Scratch scratch(functions.forward_scratch(end, c.A));
   std::vector<Stored> out((end - begin) * c.A);
-  functions.forward(c.head(), begin, end, out.data(), c.A, lse, aligned);
+  functions.forward(c.head(), begin, end, out.data(), c.A, lse, scratch.data());
   return out;
 }
 
@@ -140,9 +139,8 @@ void check(const Case& c, double& worst_out, double& worst_gradient) {
   gradients.grad_k = grad_k.data();
   gradients.grad_v = grad_v.data();
   gradients.grad_line = grad_line.data() + glam::cpu::kLinePadding;
-  std::vector<char> scratch(functions.backward_scratch(S, A) + 64);
-  functions.backward(c.head(), S, gradients,
-                     scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64);
+  const Scratch scratch(functions.backward_scratch(S, A));
+  functions.backward(c.head(), S, gradients, scratch.data());
 
   std::vector<double> expected(S * A), expected_q(S * A), expected_k(S * A), expected_v(S * A);
   for (int64_t i = 0; i < S; ++i) {
@@ -186,9 +184,7 @@ void check(const Case& c, double& worst_out, double& worst_gradient) {
 }  // namespace
 
 int main() {
-#if defined(__AMX_BF16__)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // as csrc/cpu/isa.cpp
-#endif
+  ask_for_tiles();
   double worst_out = 0, worst_gradient = 0;
   for (const int64_t S : {2, 5, 32, 33, 65, 131, 200}) {
     for (const int64_t A : {8, 33, 64}) {

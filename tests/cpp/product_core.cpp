@@ -8,26 +8,14 @@
 #include <random>
 #include <vector>
 
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "cpu/kernels/gemm_functions.h"
+#include "format.h"
 #include "ops/packed_layout.h"
 
-namespace kernels = glam::cpu::GLAM_ISA;
 using glam::cpu::Operand;
 using glam::cpu::Type;
 
 namespace {
-
-template <class T>
-using FullPrecision = kernels::FullPrecision<T>;
-using kernels::Bf16Precision;
-using Format = GLAM_FORMAT;
-using Sum = Format::Sum;
-constexpr bool kIsBf16 = std::is_same_v<Format, Bf16Precision>;
 
 const auto functions = kernels::GemmEntries<Format>::functions();
 std::mt19937 generator(1);
@@ -231,9 +219,7 @@ double check(const Matrix& a, const Matrix& b) {
 }  // namespace
 
 int main() {
-#if defined(__AMX_BF16__)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // as csrc/cpu/isa.cpp
-#endif
+  ask_for_tiles();
   double worst = 0;
   int kind = 0;
   for (const int64_t depth : {0, 1, 2, 31, 32, 33, 64, 513, 1025, 3200}) {

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import glam_ext
+from .kernel_program import NARROW, run_sanitized
 
-from .kernel_program import FLAGS, SANITIZERS, run_kernel_program
-
-SUPPORTED = glam_ext.build_info()["backends"]["cpu"]["isa_supported"]
 BF16 = "GLAM_FORMAT=Bf16Precision"
-NARROW = "avx2" if "avx2" in SUPPORTED else "baseline"
 
 
 @pytest.mark.parametrize(
@@ -29,10 +25,6 @@ NARROW = "avx2" if "avx2" in SUPPORTED else "baseline"
     ids=["double", "float", "bf16", "bf16-emulated-avx512bf16", "bf16-emulated-amx", "bf16-avx512bf16", "bf16-amx"],
 )
 def test_attention(isa: str, defines: list[str], output_bound: float, gradient_bound: float, tmp_path: Path) -> None:
-    if isa not in SUPPORTED:
-        pytest.skip(f"this CPU has no {isa}")
-    flags = ["-O1", "-Wno-psabi", *SANITIZERS, *FLAGS[isa], "-DGLAM_ISA=tested"]
-    printed = run_kernel_program(tmp_path, "attention_core", [*flags, *(f"-D{name}" for name in defines)])
-    output_error, gradient_error = map(float, printed.split())
+    output_error, gradient_error = map(float, run_sanitized(tmp_path, "attention_core", isa, defines).split())
     assert output_error < output_bound
     assert gradient_error < gradient_bound
