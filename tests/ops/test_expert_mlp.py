@@ -24,6 +24,22 @@ def test_by_hand() -> None:
     assert y.tolist() == [[20], [300], [0], [600], [0]]
 
 
+def test_relu_of_bfloat16_numbers() -> None:
+    """Of each sign and exponent; a NaN stays one. Subnormal numbers may be zeros."""
+    exponents = torch.arange(2 * 256).repeat_interleave(4) << 7
+    bits = exponents | torch.tensor([0, 1, 64, 127]).repeat(2 * 256)
+    x = bits.to(torch.int16).view(torch.bfloat16)[:, None]
+    x = x[~x.isinf()][:, None]  # times the zeros below
+    wi, wo = torch.ones(1, 1, 40), torch.zeros(1, 40, 1)
+    wo[0, 17] = 1
+    y = torch.ops.glam.expert_mlp(x, torch.tensor([0, len(x)], dtype=torch.int32), wi, wo, None, "relu")
+    expected = torch.where(x < 0, 0.0, x.float())
+    subnormal = expected.abs() < torch.finfo(torch.bfloat16).tiny
+    assert torch.equal(
+        torch.where(subnormal, 0, y.float()).nan_to_num(7.5), torch.where(subnormal, 0, expected).nan_to_num(7.5)
+    )
+
+
 def test_rows_of_an_expert_are_the_same_in_one_segment_or_two() -> None:
     """Rows that came from two ranks, ordered (rank, expert), give the bits of rows ordered by expert."""
     sample = samples.EXPERT_MLP.find("small", torch.float32, "six segments of three experts relu")

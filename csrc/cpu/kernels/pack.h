@@ -115,12 +115,19 @@ inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t
   }
 }
 
+// relu of bfloat16 numbers where they are: the sign bit is set, and it is neither -0 nor a NaN.
+inline void relu_halves(const uint16_t* in, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint16_t>(in[i] - 0x8001u) < 0x7f80u ? 0 : in[i];
+}
+
 // The same rounded to bfloat16.
 inline void load_row(const Operand& operand, int64_t row, int64_t begin, int64_t count, uint16_t* out) {
   if (row_offset(operand, row) < 0) {
     for (int64_t i = 0; i < count; ++i) out[i] = 0;
   } else if (const auto* const halves = row_in_place<uint16_t>(operand, row, begin)) {
     for (int64_t i = 0; i < count; ++i) out[i] = halves[i];
+  } else if (operand.type == Type::bf16 && operand.transform == Transform::relu && !operand.row_scale) {
+    relu_halves(static_cast<const uint16_t*>(operand.data) + row_offset(operand, row) + begin, count, out);
   } else if (const auto* const floats = row_in_place<float>(operand, row, begin)) {
     store_values(floats, count, out, Type::bf16);
   } else {
