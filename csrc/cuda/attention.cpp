@@ -34,8 +34,8 @@
 namespace glam::cuda {
 namespace {
 
-constexpr int64_t kScoreBytes = int64_t{1} << 30;
-constexpr int64_t kBlockBytes = 128 << 20;
+constexpr int64_t kScoreBytes = limit(int64_t{1} << 30, 1 << 10);
+constexpr int64_t kBlockBytes = limit(128 << 20, 4 << 10);
 
 // What torch's memory-efficient attention asks for, and its names for what we ask for.
 namespace efficient {
@@ -48,8 +48,7 @@ constexpr int64_t kNoMask = 0, kCausal = 1;
 
 bool takes(const Tensor& q, double logit_cap) {
   const int64_t A = q.size(3);
-  return q.is_cuda() && q.element_size() == 2 && logit_cap == 0 && A <= kMostHeadDim &&
-         A * q.element_size() % kAlignment == 0;
+  return q.element_size() == 2 && logit_cap == 0 && A <= kMostHeadDim && A * q.element_size() % kAlignment == 0;
 }
 }  // namespace efficient
 

@@ -13,6 +13,9 @@
 
 #ifdef GLAM_EMULATE
 #define GLAM_CUDA_KEY CPU
+namespace glam::cuda {
+inline const bool kHalfIsTaken = half_on_cpu() = true;
+}
 #else
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -20,6 +23,13 @@
 #endif
 
 namespace glam::cuda {
+
+// A limit of what is worked on at a time, with GLAM_EMULATE one that tests' small inputs go beyond.
+#ifdef GLAM_EMULATE
+constexpr int64_t limit(int64_t, int64_t emulated) { return emulated; }
+#else
+constexpr int64_t limit(int64_t bytes, int64_t) { return bytes; }
+#endif
 
 // Makes a tensor's device the current one, and knows the stream that its kernels run on.
 class OnDevice {

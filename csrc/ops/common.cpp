@@ -166,16 +166,25 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, at::Sca
   TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " to be ", dtype, ", got ", tensor.scalar_type());
 }
 
+bool& half_on_cpu() {
+  static bool taken = false;
+  return taken;
+}
+
+namespace {
+bool is_half_taken(const Tensor& tensor) { return !tensor.is_cpu() || half_on_cpu(); }
+}  // namespace
+
 void check_floating(const char* op, const char* name, const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
-  const bool half_on_cuda = dtype == at::kHalf && !tensor.is_cpu();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble || half_on_cuda, op, ": expected ",
-              name, " to be Double, Float or BFloat16, got ", dtype);
+  const bool half = dtype == at::kHalf && is_half_taken(tensor);
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble || half, op, ": expected ", name,
+              " to be Double, Float or BFloat16, got ", dtype);
 }
 
 void check_weight_dtype(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
   const auto dtype = weight.scalar_type();
-  const bool exact = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && !weight.is_cpu());
+  const bool exact = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && is_half_taken(weight));
   TORCH_CHECK(dtype == x.scalar_type() || (exact && x.scalar_type() != at::kDouble), op, ": expected ", name,
               " to be Float, BFloat16 or the activations' ", x.scalar_type(), ", got ", dtype);
 }

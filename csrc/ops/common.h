@@ -42,6 +42,8 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const c
                  const std::vector<SymInt>& shape);
 void check_dim(const char* op, const char* name, const Tensor& tensor, const char* letters, int64_t dim);
 void check_dtype(const char* op, const char* name, const Tensor& tensor, at::ScalarType dtype);
+// Whether float16 is taken on the CPU: not by the CPU's kernels, but by CUDA's where tests put them behind its key.
+bool& half_on_cpu();
 // float64, float32 or bfloat16 (float16 too on CUDA).
 void check_floating(const char* op, const char* name, const Tensor& tensor);
 // A weight: float32 or a 16-bit type, or the dtype of the activations it meets (so float64 meets float64 alone).

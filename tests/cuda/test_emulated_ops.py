@@ -1,8 +1,9 @@
 """The ops' own tests over the emulated CUDA kernels: the kernels' sources and the glue that a GPU build has, behind the
 CPU's dispatch key in a process of their own.
 
-Left out are levels that cannot differ (compile, export, TorchScript go through Meta and Autograd alone) and tests of
-what the CPU kernels alone promise: errors for indices out of range, packed weights.
+Left out are levels that cannot differ (compile, export, TorchScript and the refusal of double backward go through Meta
+and Autograd alone) and tests of what the CPU kernels alone promise: errors for indices out of range, packed weights,
+bits that do not depend on threads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,28 +25,21 @@ LEVELS = (
     "test_reference or test_gradients or test_gradcheck or test_opcheck or test_poison or test_strides or "
     "test_batch_invariance"
 )
-FEW = f"({LEVELS}) and (small or edges) and not gradcheck and not opcheck"  # the first is thousands of launches
-# Of files that have tests of their own instead.
-WITHOUT_LEVELS = "not bad and not refus and not raises and not compile and not export and not threads"
+OWN = (
+    f"not ({LEVELS}) and not compile and not export and not torchscript and not double_backward and not threads "
+    "and not bad and not refus and not raises"
+)
+# gradcheck is thousands of launches.
+FAST = f"({LEVELS}) and (small or edges or cuda) and not gradcheck and not opcheck or {OWN}"
+ALL = f"{LEVELS} or {OWN}"
 
 
-class Group(NamedTuple):
-    """Files of tests/ops that share a process, whose start takes longer than most of them."""
-
-    ops: Sequence[str]
-    fast: str  # which tests
-    all: str  # which of them make test-cuda runs
-
-
+# Files of tests/ops that share a process, whose start takes longer than most of them.
 GROUPS = {
-    "routing": Group(["top2_gating", "routing_plan", "dispatch", "combine", "moe_mlp"], FEW, LEVELS),
-    "dense": Group(["expert_mlp", "geglu_mlp", "rms_norm", "embedding", "linear", "linear_cross_entropy"], FEW, LEVELS),
-    "attention": Group(["relative_attention", "relative_attention_step", "reorder_cache"], FEW, LEVELS),
-    "other": Group(
-        ["adafactor", "ordered_sum", "router_statistics", "sampling"],
-        f"{WITHOUT_LEVELS} and not opcheck",
-        WITHOUT_LEVELS,
-    ),
+    "routing": ["top2_gating", "routing_plan", "dispatch", "combine", "moe_mlp", "accumulate_in_place"],
+    "dense": ["expert_mlp", "geglu_mlp", "rms_norm", "embedding", "linear", "linear_cross_entropy"],
+    "attention": ["relative_attention", "relative_attention_step", "reorder_cache"],
+    "other": ["adafactor", "ordered_sum", "router_statistics", "sampling", "cuda_indices"],
 }
 
 
@@ -80,14 +73,14 @@ def run_emulated(library: Path, ops: Sequence[str], chosen: str, **environment: 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_ops(library: Path, group: str) -> None:
-    run_emulated(library, GROUPS[group].ops, GROUPS[group].fast, GLAM_EMULATOR_SEED="1")
+    run_emulated(library, GROUPS[group], FAST, GLAM_EMULATOR_SEED="1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
-@pytest.mark.parametrize(("op", "chosen"), [(op, group.all) for group in GROUPS.values() for op in group.ops])
-def test_op_in_every_order(library: Path, op: str, chosen: str, order: str) -> None:
-    run_emulated(library, [op], chosen, GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
+@pytest.mark.parametrize("op", [op for group in GROUPS.values() for op in group])
+def test_op_in_every_order(library: Path, op: str, order: str) -> None:
+    run_emulated(library, [op], ALL, GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
 
 
 LAUNCHES = """

@@ -19,7 +19,7 @@ from glam_ext.data import Corpus, Tokenizer, write_corpus
 from glam_ext.training import TrainingRun, load_config
 
 from .emulated import ROOT
-from .test_emulated_ops import GROUPS, LEVELS, run_op_tests
+from .test_emulated_ops import ALL, GROUPS, run_op_tests
 from .test_nvcc import nvcc
 
 GPUS = torch.cuda.device_count()
@@ -31,9 +31,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("op", [op for group in GROUPS.values() for op in group.ops])
+@pytest.mark.parametrize("op", [op for group in GROUPS.values() for op in group])
 def test_op(op: str) -> None:
-    levels = f"{LEVELS} or test_compile or test_export or test_torchscript or test_double_backward"
+    levels = f"{ALL} or test_compile or test_export or test_torchscript or test_double_backward"
     run_op_tests([op], levels, GLAM_TEST_DEVICE="cuda")
 
 

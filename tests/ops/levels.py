@@ -25,7 +25,9 @@ from .samples.base import DEVICE, Args, Outputs, on_device
 
 # The kernels under test are CUDA's: on a GPU, or emulated behind the CPU's key (csrc/cuda/emulator).
 CUDA_KERNELS = DEVICE != "cpu" or "GLAM_TEST_LIBRARY" in os.environ
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, *((torch.float16,) if DEVICE != "cpu" else ()))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, *((torch.float16,) if CUDA_KERNELS else ()))
+LIBRARY_PRODUCT = "on CUDA its products are the library's, whose bits follow shapes and strides"
+with_own_products = pytest.mark.skipif(CUDA_KERNELS, reason=LIBRARY_PRODUCT)
 # Largest error of a row relative to that row's norm plus the rows' typical norm: a few roundings of the output and of
 # each operand that enters a product, sums being kept in float32.
 VALUE_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -402,17 +404,21 @@ class OpTests:
         if level not in self.PLAN or "sample" not in metafunc.fixturenames:
             return
         sizes, dtypes = self.PLAN[level]
+        if CUDA_KERNELS and self.op.has_cuda and level in ("test_reference", "test_gradients"):
+            sizes = (*sizes, "cuda")
         cases = []
         for dtype in dtypes:
             for size in sizes:
                 for sample in self.op.samples(size, dtype):
+                    if level == "test_gradients" and self.op.differentiable and not sample.grad:
+                        continue
                     cases.append(pytest.param(sample, id=f"{str(dtype)[6:]}-{size}-{sample.name}"))
         without = dict(self.levels_without)
         if CUDA_KERNELS:
             without["test_threads"] = "the kernels run on the device"
             if self.op.library_product_on_cuda:
                 for name in ("test_batch_invariance", "test_strides"):
-                    without[name] = "on CUDA its products are the library's, whose bits follow shapes and strides"
+                    without[name] = LIBRARY_PRODUCT
         if not self.op.differentiable:
             for name in ("test_gradients", "test_gradcheck", "test_double_backward"):
                 without[name] = f"glam::{self.op.name} has no gradient"

@@ -81,7 +81,7 @@ CASES = [expert_mlp, exchange_mlp, moe_mlp]
 @pytest.mark.parametrize("name", [RELU, GEGLU])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_same(case: Callable[..., tuple[Run, list[Tensor]]], dtype: torch.dtype, name: str) -> None:
+def test_the_same_gradients(case: Callable[..., tuple[Run, list[Tensor]]], dtype: torch.dtype, name: str) -> None:
     run, weights = case(dtype, name)
     wanted = [grad.clone() for grad in passes(run, weights, in_place=False)]
     got = passes(run, weights, in_place=True)

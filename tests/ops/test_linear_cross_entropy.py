@@ -83,6 +83,26 @@ def plain(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weig
     return (weights * nll).sum()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_token_with_non_finite_logits(bad: float) -> None:
+    """Its loss and gradient are NaN, the other tokens' are as they would be."""
+    hidden, table, targets, *_ = samples.LINEAR_CROSS_ENTROPY.samples("small", torch.float32)[0].args
+    results = []
+    for value in (0.5, bad):
+        h, t = hidden.clone(), table.clone().requires_grad_()
+        h[1, 0] = value
+        h.requires_grad_()
+        loss, nll, lse = torch.ops.glam.linear_cross_entropy(h, t, targets, None)
+        loss.backward()
+        assert h.grad is not None
+        results.append([nll, lse, h.grad])
+        assert loss.isnan().item() == (value != 0.5)
+    others = [0, *range(2, len(targets))]
+    for finite, strange in zip(*results, strict=True):
+        assert strange[1].isnan().all()
+        assert torch.equal(strange[others], finite[others])
+
+
 # 131,072 columns are the most for which anything is kept; a block is 256 tokens of them, 512 in bfloat16.
 @pytest.mark.parametrize(
     ("num_tokens", "vocabulary", "dtype"),
@@ -91,8 +111,10 @@ def plain(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weig
         (520, 131_072, torch.bfloat16),
         (5, 131_073, torch.float32),
         (5, 131_073, torch.bfloat16),
+        (3, 262_300, torch.float32),
+        (3, 262_300, torch.bfloat16),
     ],
-    ids=["blocks float32", "blocks bfloat16", "two passes float32", "two passes bfloat16"],
+    ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_large_vocabularies(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)

@@ -38,6 +38,7 @@ def test_every_distance_uses_its_bucket() -> None:
     torch.testing.assert_close(weights, torch.softmax(expected, 0), rtol=1e-12, atol=0)
 
 
+@levels.with_own_products
 @pytest.mark.parametrize("dtype", levels.DTYPES, ids=str)
 def test_a_position_depends_on_what_came_before_it_alone(dtype: torch.dtype) -> None:
     """The bits of a prefix are the same whatever follows, in every size of prefix."""
@@ -81,26 +82,32 @@ def test_bad_input(changes: dict[int, Any], text: str) -> None:
     levels.assert_refused(samples.RELATIVE_ATTENTION, BASE, changes, text)
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in levels.DTYPES if dtype.itemsize == 2], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
 @pytest.mark.parametrize("seed", range(4))
-def test_bfloat16_is_as_close_as_the_plain_composition(seed: int) -> None:
-    """Root mean square errors of the output and of all gradients against float64, beside torch's ops in bfloat16."""
+def test_16_bits_are_as_close_as_the_plain_composition(seed: int, packed: bool, dtype: torch.dtype) -> None:
+    """Root mean square errors of the output and of all gradients against float64, beside torch's ops in the dtype."""
     generator = torch.Generator().manual_seed(seed)
     size, heads, width = 150, 2, 32
     q, k, v, given = (
-        torch.randn(2, size, heads, width, generator=generator).bfloat16() / width ** (0.25 if i < 2 else 0)
+        torch.randn(2, size, heads, width, generator=generator).to(dtype) / width ** (0.25 if i < 2 else 0)
         for i in range(4)
     )
     bias = torch.randn(heads, 32, generator=generator)
+    segments = (1 + torch.arange(size) // 64).expand(2, size).int().contiguous() if packed else None
+    hidden = torch.ones(size, size, dtype=torch.bool).triu(1)
+    if segments is not None:
+        hidden = (hidden | (segments[:, :, None] != segments[:, None, :]))[:, None]
     bucket = torch.tensor([[attention.bucket(max(i - j, 0)) for j in range(size)] for i in range(size)])
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         logits = torch.einsum("bihd,bjhd->bhij", q, k).to(bias.dtype) + bias[:, bucket]
-        logits = logits.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), float("-inf"))
+        logits = logits.masked_fill(hidden, float("-inf"))
         weights = torch.softmax(torch.cat([logits, torch.zeros_like(logits[..., :1])], -1), -1)[..., :-1]
         return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v)
 
     def ours(*args: torch.Tensor) -> torch.Tensor:
-        return torch.ops.glam.relative_attention(*args, None, True, 0.0)
+        return torch.ops.glam.relative_attention(*args, segments, True, 0.0)
 
     def results(function: Any, *args: torch.Tensor) -> list[torch.Tensor]:
         leaves = [x.clone().requires_grad_() for x in args]

@@ -14,6 +14,7 @@ class TestRelativeAttentionStep(levels.OpTests):
     op = samples.RELATIVE_ATTENTION_STEP
 
 
+@levels.with_own_products
 @pytest.mark.parametrize(
     "pieces", [[65], [1] * 65, [16, 1, 17, 31], [64, 1]], ids=["whole", "single", "mixed", "then one"]
 )

@@ -2,7 +2,8 @@
 
 Letters as in the ops: T, D, F, E, K, R, C, G, H, A, V differ wherever a mistake could hide behind equal sizes.
 A level asks `OP.samples(level, dtype)`: "small" (every option, tiny), "tiles" (sizes around powers of two), "edges"
-(no token, one token, one expert, all to one expert, an empty expert), "large" (more than one thread has work).
+(no token, one token, one expert, all to one expert, an empty expert), "large" (more than one thread has work); of some
+ops "cuda" (just beyond what a warp, a block or a launch of the CUDA kernels holds, and other ways of theirs alone).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ ATTENTION_SIZES = {  # B, S, H, A
     ],
     "edges": [(0, 4, 2, 3), (1, 1, 2, 3), (2, 3, 1, 1)],
     "large": [(4, 96, 6, 32)],
+    "cuda": [],
 }
 
 
@@ -40,7 +41,10 @@ def _attention_samples(level: str, dtype: torch.dtype) -> list[Sample]:
         q, k, v = (randn(name + c, b, s, h, a, dtype=dtype, scale=a**-0.25 if c != "v" else 1.0) for c in "qkv")
         bias = randn(name + "bias", h, 32, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         segment_ids = _segments(name, b, s) if packed else None
-        return Sample(name, (q, k, v, bias, segment_ids, extra, cap), (0, 1, 2, 3))
+        # torch's memory-efficient attention rounds bias and output to the dtype of q, of which its gradients are made:
+        # of those in 16 bits there is a test of its own.
+        grad = () if level == "cuda" and dtype.itemsize == 2 else (0, 1, 2, 3)
+        return Sample(name, (q, k, v, bias, segment_ids, extra, cap), grad)
 
     samples = []
     for n, size in enumerate(ATTENTION_SIZES[level]):
@@ -49,6 +53,10 @@ def _attention_samples(level: str, dtype: torch.dtype) -> list[Sample]:
         samples.append(sample("packed", (2, 11, 2, 3), True, True, 0.0))
         samples.append(sample("packed, no extra logit", (2, 10, 2, 3), True, False, 0.0))
         samples.append(sample("capped", (2, 6, 2, 3), False, True, 2.0))
+    if level == "cuda":  # torch's memory-efficient attention
+        samples.append(sample("A=8", (3, 19, 3, 8), False, True, 0.0))
+        samples.append(sample("packed, A=8", (2, 33, 2, 8), True, True, 0.0))
+        samples.append(sample("packed, A=16, no extra logit", (1, 18, 3, 16), True, False, 0.0))
     if level == "edges":
         q, k, v, bias, *_ = samples[-1].args
         padding = torch.zeros(q.shape[:2], dtype=torch.int32)
@@ -77,6 +85,12 @@ def _step_samples(level: str, dtype: torch.dtype) -> list[Sample]:
             sample("one new", 1, 3, 4, 9, [4, 0, 8], True, 0.0),
             sample("prefill, finished row", 5, 2, 3, 8, [0, -1, 3], True, 0.0),
             sample("no extra logit, cap", 2, 3, 4, 7, [3, 5], False, 1.5),
+        ]
+    if level == "cuda":  # torch's memory-efficient attention
+        return [
+            sample("finished row, A=8", 3, 2, 8, 12, [5, -1, 0], True, 0.0),
+            sample("finished row, A=16, no extra logit", 1, 3, 16, 9, [-1, 7], False, 0.0),
+            sample("one new, A=8", 1, 3, 8, 34, [31, 15, 16, 32, 0], True, 0.0),
         ]
     if level == "tiles":
         return [
@@ -111,6 +125,7 @@ RELATIVE_ATTENTION = Op(
     alone=_attention_alone,
     row=first_dim_row,
     library_product_on_cuda=True,
+    has_cuda=True,
 )
 RELATIVE_ATTENTION_STEP = Op(
     "relative_attention_step",
@@ -121,6 +136,7 @@ RELATIVE_ATTENTION_STEP = Op(
     alone=_step_alone,
     row=first_dim_row,
     library_product_on_cuda=True,
+    has_cuda=True,
 )
 
 
@@ -130,6 +146,7 @@ def _reorder_samples(level: str, dtype: torch.dtype) -> list[Sample]:
         "tiles": [((5, 17, 3, 9), [4, 4, 1, 0, 2]), ((2, 31, 33), [1, 0])],
         "edges": [((0, 4), []), ((1, 3), [0]), ((3,), [1, 2, 0])],
         "large": [((8, 64, 6, 32), [7, 0, 3, 3, 1, 2, 6, 5])],
+        "cuda": [((400, 3), [(7 * n + 3) % 400 for n in range(400)])],
     }
     return [
         Sample(f"{s} {beams}", (randn(f"{s}", *s, dtype=dtype), torch.tensor(beams).long()))
@@ -143,4 +160,5 @@ REORDER_CACHE = Op(
     _reorder_samples,
     differentiable=(),
     mutated=(0,),
+    has_cuda=True,
 )

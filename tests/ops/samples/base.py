@@ -40,6 +40,7 @@ class Op:
     `reference` takes float64 arguments and returns all outputs, then the mutated arguments as they should become.
     `alone(args, i)` cuts row i out of a batch and `row(outputs, i)` is where the batch holds its result.
     `library_product_on_cuda`: torch's own product runs there, whose rows may depend on the batch.
+    `has_cuda`: there are samples of the level "cuda".
     """
 
     name: str
@@ -52,6 +53,7 @@ class Op:
     alone: Callable[[Args, int], Args] | None = None
     row: Callable[[Outputs, int], Outputs] | None = None
     library_product_on_cuda: bool = False
+    has_cuda: bool = False
 
     def __call__(self, *args: Any) -> Any:
         return self.on_device(self.raw, *args)

@@ -56,7 +56,8 @@ def _geglu_samples(level: str, dtype: torch.dtype) -> list[Sample]:
 
 def _norm_samples(level: str, dtype: torch.dtype) -> list[Sample]:
     samples = []
-    for t, d, _ in MATRIX_SIZES[level]:
+    sizes = [(3, 1025), (2, 8200)] if level == "cuda" else [(t, d) for t, d, _ in MATRIX_SIZES[level]]
+    for t, d in sizes:
         name = f"T={t} D={d}"
         scale = randn(name + "scale", d, dtype=weight_dtype(dtype))
         samples.append(Sample(name, (randn(name, t, d, dtype=dtype, scale=2.0), scale, 1e-6), (0, 1)))
@@ -75,6 +76,7 @@ def _embedding_samples(level: str, dtype: torch.dtype) -> list[Sample]:
         "tiles": [((31,), 33, 8), ((3, 17), 15, 9), ((257,), 32, 31)],
         "edges": [((0,), 5, 3), ((1,), 1, 2), ((6,), 1, 5)],
         "large": [((3000,), 97, 64)],
+        "cuda": [((40,), 9, 65), ((300,), 5, 520)],
     }
     return [
         Sample(f"{shape} V={v} D={d}", (randint(f"{shape}", v, *shape), randn(f"{v}{d}", v, d, dtype=dtype)), (1,))
@@ -101,8 +103,15 @@ LINEAR, LINEAR_WIDE = (
 GEGLU_MLP = Op(
     "geglu_mlp", one_output(routing.geglu_mlp), _geglu_samples, weights=(1, 2, 3), alone=cut_first, row=first_dim_row
 )
-RMS_NORM = Op("rms_norm", one_output(norm.rms_norm), _norm_samples, alone=cut_first, row=first_dim_row)
-EMBEDDING = Op("embedding", one_output(routing.embedding), _embedding_samples, alone=cut_first, row=first_dim_row)
+RMS_NORM = Op("rms_norm", one_output(norm.rms_norm), _norm_samples, alone=cut_first, row=first_dim_row, has_cuda=True)
+EMBEDDING = Op(
+    "embedding",
+    one_output(routing.embedding),
+    _embedding_samples,
+    alone=cut_first,
+    row=first_dim_row,
+    has_cuda=True,
+)
 
 
 # Loss.

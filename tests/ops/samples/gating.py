@@ -63,6 +63,14 @@ def _gating_samples(level: str, dtype: torch.dtype) -> list[Sample]:
             sample(f"T={t} E={e} S={s}", t, e, s, max(1, (t if s == -1 else s) // e), mask=index % 2 == 0)
             for index, (t, e, s) in enumerate(sizes)
         ]
+    if level == "cuda":
+        return [
+            sample("E=65", 5, 65, -1, 1),
+            sample("E=129", 6, 129, 3, 1, "random", 0.5),
+            sample("E=300", 7, 300, -1, 1, "sampling"),
+            sample("E=1024", 6, 1024, 2, 1, mask=True),
+            sample("T=1100 in a group", 1100, 8, -1, 137, mask=True),
+        ]
     if level == "edges":
         to_one = separated_logits("all to one", 12, 4, dtype)
         to_one[:, 2] += 9
@@ -91,4 +99,5 @@ TOP2_GATING = Op(
     differentiable=(0, 3),
     alone=_gating_alone,
     row=lambda outputs, i: (outputs[1][i : i + 1],),
+    has_cuda=True,
 )

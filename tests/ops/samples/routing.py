@@ -67,6 +67,12 @@ def _plan_samples(level: str, dtype: torch.dtype) -> list[Sample]:
             sample(f"T={t} E={e} S={s} C={c}", t, e, group=s, slots=c)
             for t, e, s, c in [(30, 4, 15, 3), (34, 5, 17, 8), (256, 7, 64, 9)]
         ]
+    if level == "cuda":
+        return [
+            sample("T=1100", 1100, 7),
+            sample("E=1025", 300, 1025),
+            sample("T=1100, slotted", 1100, 7, group=550, slots=100),
+        ]
     if level == "edges":
         return [
             sample("no token", 0, 3),
@@ -80,7 +86,7 @@ def _plan_samples(level: str, dtype: torch.dtype) -> list[Sample]:
     return [sample("large", 3000, 16), sample("large, slotted", 3000, 16, group=500, slots=40)]
 
 
-ROUTING_PLAN = Op("routing_plan", routing.routing_plan, _plan_samples, differentiable=())
+ROUTING_PLAN = Op("routing_plan", routing.routing_plan, _plan_samples, differentiable=(), has_cuda=True)
 
 
 def _routes(level: str) -> list[tuple[str, int, int, Outputs]]:
@@ -95,6 +101,8 @@ def _routes(level: str) -> list[tuple[str, int, int, Outputs]]:
         return [
             (f"T={t} E={e}", t, e, plan_of(f"T={t}", t, e)) for t, e in [(9, 4), (16, 3), (33, 5), (64, 2), (129, 3)]
         ]
+    if level == "cuda":
+        return [("E=65", 90, 65, plan_of("E=65", 90, 65))]
     if level == "edges":
         return [
             ("no token", 0, 3, plan_of("none", 0, 3)),
@@ -117,8 +125,8 @@ def _all_to_one() -> Outputs:
     return routing.routing_plan(ids, torch.arange(18, dtype=torch.int32).reshape(9, 2), 3)
 
 
-WIDTHS = {"small": [5], "tiles": [31, 8, 17, 33, 16], "edges": [6, 9, 1, 7, 3, 5], "large": [96]}
-HIDDEN = {"small": [4], "tiles": [15, 33, 32, 7, 65], "edges": [5, 3, 8, 1, 9, 4], "large": [130]}
+WIDTHS = {"small": [5], "tiles": [31, 8, 17, 33, 16], "edges": [6, 9, 1, 7, 3, 5], "large": [96], "cuda": [9]}
+HIDDEN = {"small": [4], "tiles": [15, 33, 32, 7, 65], "edges": [5, 3, 8, 1, 9, 4], "large": [130], "cuda": [5]}
 
 
 def _width(table: dict[str, list[int]], level: str, index: int) -> int:
@@ -156,8 +164,15 @@ def _combine_alone(args: Args, i: int) -> Args:
     return rows, gates[i : i + 1], row_of_choice[i : i + 1], alone, offsets
 
 
-DISPATCH = Op("dispatch", one_output(routing.dispatch), _dispatch_samples)
-COMBINE = Op("combine", one_output(routing.combine), _combine_samples, alone=_combine_alone, row=first_dim_row)
+DISPATCH = Op("dispatch", one_output(routing.dispatch), _dispatch_samples, has_cuda=True)
+COMBINE = Op(
+    "combine",
+    one_output(routing.combine),
+    _combine_samples,
+    alone=_combine_alone,
+    row=first_dim_row,
+    has_cuda=True,
+)
 
 
 # Experts: two or three weights [E, D, F], [E, F, D].
@@ -199,6 +214,11 @@ def _expert_samples(level: str, dtype: torch.dtype) -> list[Sample]:
         return [
             sample(f"{offsets} D={d} F={f}", offsets, offsets[-1] + unused, 3, d, f, ACTIVATIONS[index % 3])
             for index, (offsets, unused, d, f) in enumerate(sizes)
+        ]
+    if level == "cuda":
+        return [
+            sample("66 segments", [0, *(3 * n // 2 for n in range(66))], 100, 33, 5, 3, "geglu"),
+            sample("33 experts", [2 * n for n in range(34)], 66, 33, 5, 7, "gelu"),
         ]
     if level == "edges":
         return [
@@ -251,9 +271,16 @@ EXPERT_MLP = Op(
     weights=(2, 3, 4),
     alone=_expert_alone,
     row=first_dim_row,
+    has_cuda=True,
 )
 MOE_MLP = Op(
-    "moe_mlp", one_output(routing.moe_mlp), _moe_samples, weights=(5, 6, 7), alone=_moe_alone, row=first_dim_row
+    "moe_mlp",
+    one_output(routing.moe_mlp),
+    _moe_samples,
+    weights=(5, 6, 7),
+    alone=_moe_alone,
+    row=first_dim_row,
+    has_cuda=True,
 )
 
 
