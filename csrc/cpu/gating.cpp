@@ -51,11 +51,11 @@ struct Problem {
 template <class Scalar>
 int64_t sample_second(const Scalar* logits_E, const double* noise_E, int64_t E, int64_t first) {
   int64_t best = 0;
-  double best_value = 0;
+  double best_value = -std::numeric_limits<double>::infinity();
   for (int64_t e = 0; e < E; ++e) {
     const double gumbel = -std::log(-std::log(std::clamp(noise_E[e], 0., 1.)));
     const double value = (e == first ? kExcluded : static_cast<double>(logits_E[e])) + gumbel;
-    if (e == 0 || value > best_value) {
+    if (value > best_value) {  // not a NaN
       best = e;
       best_value = value;
     }

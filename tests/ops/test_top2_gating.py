@@ -240,6 +240,19 @@ def test_sampling_adds_gumbel_noise_to_the_other_experts() -> None:
     assert_gates(gates, [[0.5 / 0.7, 0.2 / 0.7], [0.625, 0.375]])
 
 
+def test_sampling_never_draws_an_expert_whose_noise_is_not_a_number() -> None:
+    """Also in a warp's later experts; with no choice it is expert 0, here the first one again, with the gate 0."""
+    p = [[0.4, *[0.6 / 39] * 39]] * 3
+    noise = [[0.5] * 40 for _ in p]
+    noise[0][1] = noise[0][33] = math.nan
+    noise[0][34] = 0.9
+    noise[1] = [math.nan] * 40
+    noise[2][0], noise[2][39] = math.nan, 0.9
+    _, ids, positions, _ = gate(p, noise=noise, policy="sampling")
+    assert ids.tolist() == [[0, 34], [0, 0], [0, 39]]
+    assert positions.tolist() == [[0, 0], [1, -3], [2, 0]]
+
+
 def test_sampling_follows_the_distribution_without_the_first_expert() -> None:
     # Given the first expert (0.5), the others are drawn in proportion 0.3 : 0.2, i.e. 0.6 : 0.4.
     # 4000 draws: standard deviation 0.0077; five of them are allowed.

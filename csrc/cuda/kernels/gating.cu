@@ -44,7 +44,7 @@ __device__ int sample_second(const T* logits_E, const Noise& noise, int64_t toke
     const double uniform = noise[token * E + e];
     const double gumbel = -log(-log(uniform < 0. ? 0. : uniform > 1. ? 1. : uniform));
     const double value = (e == first ? kExcluded : static_cast<double>(wide(load(logits_E + e)))) + gumbel;
-    if (value > largest.value || largest.index == E) largest = {value, e};
+    if (value > largest.value) largest = {value, e};  // not a NaN
   }
   largest.over_warp();
   return largest.index < E ? largest.index : 0;
