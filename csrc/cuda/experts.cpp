@@ -9,6 +9,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <limits>
+
 #include "cuda/common.h"
 #include "cuda/kernels/experts.h"
 #include "cuda/kernels/routing.h"
@@ -59,6 +61,9 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
 
 RowSource plain(const Tensor& rows) { return {.data = data(rows)}; }
 RowSource gathered(const Tensor& tokens, const Tensor& choice_of_row, int64_t num_choices) {
+  const int64_t choices = tokens.size(0) * num_choices;
+  TORCH_CHECK(choices <= std::numeric_limits<int32_t>::max(),
+              "glam::moe_mlp: expected T * K to be less than 2^31, got ", choices);
   return {.data = data(tokens),
           .choice_of_row = indices(choice_of_row),
           .num_choices = num_choices,

@@ -4,7 +4,7 @@
 // Letters: R rows, D model dim, F hidden dim, E experts held, S segments; segment s = rows [offsets[s], offsets[s + 1])
 // and uses expert s mod E; rows from offsets[S] on belong to none and become 0. offsets stay on the device: grids are
 // sized for the most tiles that R rows in S segments can need, and a block finds its segment by itself. Offsets that do
-// not ascend within [0, R] give wrong rows, never an access outside the arrays.
+// not ascend within [0, R] give wrong or unwritten rows, never an access outside the arrays.
 //
 // These are plain tiled products on the ordinary cores, the first rung of a ladder whose next ones use tensor cores.
 // Sums are in the accumulation type and run over k in ascending order, so a row's bits depend on that row and the

@@ -110,10 +110,11 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const S lse = load(lse_T + row);
-  const S softmax = weight * logit.scale * static_cast<S>(1 + 2 * z_loss * lse);
+  const int64_t target_of_all = load(targets + row), target = target_of_all - first_column;
+  const S valid = target_of_all >= 0 && target_of_all < vocabulary ? S(1) : kNaN<S>;
+  const S softmax = valid * weight * logit.scale * static_cast<S>(1 + 2 * z_loss * lse);
   const S uniform = weight * logit.scale * static_cast<S>(label_smoothing / static_cast<double>(vocabulary));
   const S of_target = weight * logit.scale * static_cast<S>(1 - label_smoothing);
-  const int64_t target = load(targets + row) - first_column;
 #pragma unroll 2
   for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
     S values[size];

@@ -19,7 +19,7 @@ struct LogitBlock {
   int64_t rows, columns, stride;
   int64_t first_column;     // in the whole vocabulary
   int64_t vocabulary;       // whole
-  const int64_t* targets;   // [rows]; one outside [0, vocabulary) has the logit NaN
+  const int64_t* targets;   // [rows]; one outside [0, vocabulary): logit and gradient NaN
   double scale, logit_cap;  // logit_cap 0: none
 };
 
