@@ -1,5 +1,5 @@
-"""nvcc compiles every kernel for every architecture, with spilled registers and local memory as errors; the machine
-code of the row copies moves 16 bytes at a time."""
+"""nvcc compiles all kernels and all PTX instructions for every architecture, with spilled registers and local memory as
+errors; the machine code of the row copies moves 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def test_compiles_without_spills(source: Path, architecture: str, tmp_path: Path
     spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", messages)
     assert spilled
     assert set(spilled) == {("0", "0")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ptx_assembles(architecture: str, tmp_path: Path) -> None:
+    """What asm statements say is only read by ptxas, and no kernel has to use all of them."""
+    messages = compile_kernels(ROOT / "tests/cuda/ptx_probe.cu", architecture, tmp_path / "probe.o")
+    assert len(re.findall(r"Compiling entry function", messages)) == 4  # copies, loads, products in two types
 
 
 def test_a_kernel_with_local_memory_is_refused(tmp_path: Path) -> None:
