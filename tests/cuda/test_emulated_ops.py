@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from .emulated import CUDA_INCLUDE, ROOT, compiler
+from .emulated import ROOT
 
 LEVELS = (
     "test_reference or test_gradients or test_gradcheck or test_opcheck or test_poison or test_strides or "
@@ -41,21 +40,6 @@ GROUPS = {
     "attention": ["relative_attention", "relative_attention_step", "reorder_cache"],
     "other": ["adafactor", "ordered_sum", "router_statistics", "sampling", "cuda_indices"],
 }
-
-
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """The emulated kernels with their glue, built once."""
-    compiler()  # skips where there is none
-    build = ROOT / "build" / "cuda-emulated"
-    configure = ["cmake", "-S", str(ROOT / "csrc/cuda/emulator"), "-B", str(build), "-G", "Ninja"]
-    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DCUDA_INCLUDE_DIR={CUDA_INCLUDE}"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-    for command in (configure, ["cmake", "--build", str(build), "--parallel", jobs]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return build / "libglam_cuda_emulated.so"
 
 
 def run_op_tests(ops: Sequence[str], chosen: str, **environment: str) -> None:
