@@ -39,7 +39,8 @@ test-all: $(VENV)/.built
 test-cuda: $(VENV)/.built
 	$(PY) -m pytest -m "slow or not slow" tests/cuda $(PYTEST_ARGS)
 
-# Built from a copy, as build/cmake belongs to the other environment. CUDA_HOME's toolkit should be of torch's CUDA version.
+# Built from a copy, as build/cmake belongs to the other environment, and tested by another copy, of the tests alone: beside
+# the sources they would import those. CUDA_HOME's toolkit should be of torch's CUDA version.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_HOME ?= /usr/local/cuda
 CUDA_SOURCE := build/cuda-env
@@ -52,6 +53,8 @@ cuda-env:
 	CUDA_HOME=$(CUDA_HOME) GLAM_CMAKE_ARGS="-DGLAM_CUDA=ON" \
 	  .venv-cuda/bin/python -m pip install --no-build-isolation "$(CUDA_SOURCE)[test]"
 	cd $(CUDA_SOURCE)/tests && $(abspath .venv-cuda/bin/glam) doctor
+	rm -rf $(CUDA_SOURCE)/outside && mkdir $(CUDA_SOURCE)/outside && cp -r $(CUDA_SOURCE)/tests $(CUDA_SOURCE)/outside
+	cd $(CUDA_SOURCE)/outside && $(abspath .venv-cuda/bin/python) -m pytest -o pythonpath= tests/cuda/test_fake_tensors.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
