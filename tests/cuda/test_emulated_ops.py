@@ -8,7 +8,6 @@ bits that do not depend on threads.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -65,43 +64,3 @@ def test_ops(library: Path, group: str) -> None:
 @pytest.mark.parametrize("op", [op for group in GROUPS.values() for op in group])
 def test_op_in_every_order(library: Path, op: str, order: str) -> None:
     run_emulated(library, [op], ALL, GLAM_EMULATOR_ORDER=order, GLAM_EMULATOR_SEED="2")
-
-
-LAUNCHES = """
-import ctypes, json, sys
-import torch, glam_ext
-torch.ops.load_library(sys.argv[1])
-emulator, glam = ctypes.CDLL(sys.argv[1]), torch.ops.glam
-emulator.glam_emulator_report.restype = ctypes.c_char_p
-
-def launches(seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(40, 6, generator=generator)
-    if seed == 1:
-        logits[:, 2] += 100  # all tokens to one expert
-    x = torch.randn(40, 8, generator=generator).requires_grad_()
-    weights = [torch.randn(*s, generator=generator).requires_grad_() for s in ((6, 8, 5), (6, 5, 8))]
-    table = torch.randn(9, 8, generator=generator).requires_grad_()
-    ids = torch.randint(9, (40,), generator=generator) * (seed != 1)
-    emulator.glam_emulator_start_counting()
-    gates, experts, positions, aux = glam.top2_gating(logits.requires_grad_(), None, None, 20, 4)
-    plan = glam.routing_plan(experts, positions, 6)
-    y = glam.moe_mlp(x + glam.embedding(ids, table), gates, *plan, *weights, None, "gelu")
-    y = glam.combine(glam.dispatch(glam.rms_norm(y, torch.ones(8)), *plan), gates, *plan)
-    loss, _, _ = glam.linear_cross_entropy(y, table, ids, None)
-    (loss + aux.sum()).backward()
-    return [(l["kernel"], l["grid"], l["block"]) for l in json.loads(emulator.glam_emulator_report())["launches"]]
-
-print(json.dumps([launches(seed) for seed in (0, 1, 2)]))
-"""
-
-
-def test_launches_depend_on_shapes_alone(library: Path) -> None:
-    """What a CUDA graph needs: the same kernels with the same grids whatever the routing, also all to one expert."""
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES, str(library)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    first, *others = json.loads(done.stdout.splitlines()[-1])
-    assert len(first) > 20
-    for other in others:
-        assert other == first
