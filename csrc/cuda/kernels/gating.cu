@@ -65,7 +65,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Acc = Sum<T>;
   auto& storage = shared_storage<ChooseStorage<Acc>>();
   const int E = static_cast<int>(problem.E), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int e = threadIdx.x; e < E; e += kThreads) storage.first_count[e] = storage.second_count[e] = 0;
+  for (int e = threadIdx.x; e < E; e += kThreads) {
+    store(&storage.first_count[e], int32_t{0});
+    store(&storage.second_count[e], int32_t{0});
+  }
   __syncthreads();
 
   const auto chunks_of_group = static_cast<uint32_t>(problem.chunks_of_group());
@@ -111,16 +114,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 #pragma unroll
   for (int i = 0; i < per_lane; ++i) {
-    if (lane + kWarp * i < E) storage.p_sum[warp][lane + kWarp * i] = sums[i];
+    if (lane + kWarp * i < E) store(&storage.p_sum[warp][lane + kWarp * i], sums[i]);
   }
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += kThreads) {
     double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += static_cast<double>(storage.p_sum[w][e]);
+    for (int w = 0; w < kWarps; ++w) sum += static_cast<double>(load(&storage.p_sum[w][e]));
     const int64_t at = blockIdx.x * static_cast<int64_t>(E) + e;
     store(workspace.p_sums + at, sum);
-    store(workspace.first_counts + at, storage.first_count[e]);
-    store(workspace.second_counts + at, storage.second_count[e]);
+    store(workspace.first_counts + at, load(&storage.first_count[e]));
+    store(workspace.second_counts + at, load(&storage.second_count[e]));
   }
 }
 
@@ -146,17 +149,18 @@ __global__ void __launch_bounds__(kStrips* kWarp) scan_chunks(const GatingProble
     second += load(workspace.second_counts + base + chunk * E);
     p += load(workspace.p_sums + base + chunk * E);
   }
-  storage.first[strip][lane] = first;
-  storage.second[strip][lane] = second;
-  storage.p[strip][lane] = p;
+  store(&storage.first[strip][lane], first);
+  store(&storage.second[strip][lane], second);
+  store(&storage.p[strip][lane], p);
   __syncthreads();
   int32_t first_used = 0, second_used = 0, first_total = 0;
   double p_total = 0;
   for (int s = 0; s < kStrips; ++s) {
-    first_used += s < strip ? storage.first[s][lane] : 0;
-    second_used += s < strip ? storage.second[s][lane] : 0;
-    first_total += storage.first[s][lane];
-    p_total += storage.p[s][lane];
+    const int32_t first_here = load(&storage.first[s][lane]);
+    first_used += s < strip ? first_here : 0;
+    second_used += s < strip ? load(&storage.second[s][lane]) : 0;
+    first_total += first_here;
+    p_total += load(&storage.p[s][lane]);
   }
   // Second choices come after all first ones that found a slot.
   second_used +=
@@ -184,16 +188,16 @@ struct SlotStorage {
 // The slot of one choice of every token of the chunk, in token order; `used_E` slots were taken before the chunk.
 __device__ int32_t slot_of(int32_t* used, int E, int expert, const int32_t* used_E, int64_t capacity) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int i = threadIdx.x; i < kSlotWarps * E; i += kSlotThreads) used[i] = 0;
+  for (int i = threadIdx.x; i < kSlotWarps * E; i += kSlotThreads) store(used + i, int32_t{0});
   __syncthreads();
   const unsigned same = __match_any_sync(kAllLanes, expert);
   const int rank = __popc(same & ((1u << lane) - 1));
-  if (expert >= 0 && rank == 0) used[warp * E + expert] = __popc(same);
+  if (expert >= 0 && rank == 0) store(used + warp * E + expert, __popc(same));
   __syncthreads();
   int32_t slot = rank;
   if (expert >= 0) {
     slot += load(used_E + expert);
-    for (int w = 0; w < warp; ++w) slot += used[w * E + expert];
+    for (int w = 0; w < warp; ++w) slot += load(used + w * E + expert);
   }
   __syncthreads();  // before the next call clears
   return capacity >= 0 && slot >= capacity ? kOverCapacity : slot;

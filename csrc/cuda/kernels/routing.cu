@@ -30,7 +30,7 @@ struct ChunkCounts {
 __global__ void __launch_bounds__(kSortThreads)
     count_experts(const int32_t* ids, const int32_t* positions, int64_t choices, int E, int32_t* counts) {
   int32_t* const count_E = shared_storage<ChunkCounts>().count;
-  for (int e = threadIdx.x; e < E; e += kSortThreads) count_E[e] = 0;
+  for (int e = threadIdx.x; e < E; e += kSortThreads) store(count_E + e, int32_t{0});
   __syncthreads();
   const int64_t begin = blockIdx.x * kSortChunk;
   const int64_t end = begin + kSortChunk < choices ? begin + kSortChunk : choices;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += kSortThreads)
-    store(counts + blockIdx.x * static_cast<int64_t>(E) + e, count_E[e]);
+    store(counts + blockIdx.x * static_cast<int64_t>(E) + e, load(count_E + e));
 }
 
 struct ScanStorage {
@@ -54,9 +54,9 @@ __device__ int32_t block_inclusive_sum(int32_t value, ScanStorage& storage) {
     const int32_t before = __shfl_up_sync(kAllLanes, value, distance);
     if (lane >= distance) value += before;
   }
-  if (lane == kWarp - 1) storage.warp_total[warp] = value;
+  if (lane == kWarp - 1) store(&storage.warp_total[warp], value);
   __syncthreads();
-  for (int w = 0; w < warp; ++w) value += storage.warp_total[w];
+  for (int w = 0; w < warp; ++w) value += load(&storage.warp_total[w]);
   __syncthreads();  // before the next call writes
   return value;
 }
@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kScanThreads) scan_counts(int64_t chunks, int 
       int32_t* const count = counts + chunk * E + e;
       store(count, load(count) + end - total);
     }
-    if (threadIdx.x == kScanThreads - 1) storage.warp_total[0] = end;
+    if (threadIdx.x == kScanThreads - 1) store(&storage.warp_total[0], end);
     __syncthreads();
-    first_row = storage.warp_total[0];
+    first_row = load(&storage.warp_total[0]);
     __syncthreads();
   }
 }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kSortThreads)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int32_t* const next = shared_storage<FillStorage>().next;
   int32_t* const next_E = next + warp * E;
-  for (int i = threadIdx.x; i < kSortWarps * E; i += kSortThreads) next[i] = 0;
+  for (int i = threadIdx.x; i < kSortWarps * E; i += kSortThreads) store(next + i, int32_t{0});
   __syncthreads();
 
   const int64_t begin = blockIdx.x * kSortChunk + warp * kStretch;
@@ -113,8 +113,9 @@ __global__ void __launch_bounds__(kSortThreads)
   for (int e = threadIdx.x; e < E; e += kSortThreads) {
     int32_t row = load(counts + blockIdx.x * static_cast<int64_t>(E) + e);
     for (int w = 0; w < kSortWarps; ++w) {
-      const int32_t count = next[w * E + e];
-      next[w * E + e] = row;
+      int32_t* const here = next + w * E + e;
+      const int32_t count = load(here);
+      store(here, row);
       row += count;
     }
   }
@@ -125,9 +126,9 @@ __global__ void __launch_bounds__(kSortThreads)
     const int expert = choice < end ? expert_of(ids, positions, choice, E) : -1;
     const unsigned same = __match_any_sync(kAllLanes, expert);
     const int rank = __popc(same & ((1u << lane) - 1));
-    const int32_t row = expert >= 0 ? next_E[expert] + rank : -1;
+    const int32_t row = expert >= 0 ? load(next_E + expert) + rank : -1;
     __syncwarp();  // all have read before one lane of each expert moves on
-    if (expert >= 0 && rank == 0) next_E[expert] += __popc(same);
+    if (expert >= 0 && rank == 0) store(next_E + expert, row + __popc(same));
     __syncwarp();
     if (choice < end) {
       store(row_of_choice + choice, row);
