@@ -17,6 +17,10 @@ constexpr int kForwardThreads = 256;
 constexpr int kBackwardThreads = 512;  // at most
 constexpr int64_t kMaxBlocks = 1024, kMinRowsPerBlock = 8;
 
+// Elements of a piece: as many of the scale are a vector, so that a warp reads both in whole sectors.
+template <class T>
+constexpr int kPiece = Vector<Sum<T>>::size;
+
 // Elements of a row that a thread of the backward keeps: three times, hence fewer.
 template <class T>
 constexpr int kKeptBackward = std::is_same_v<T, double> ? 8 : 16;
@@ -34,7 +38,7 @@ template <bool whole, class T>
 __global__ void __launch_bounds__(kForwardThreads)
     norm_kernel(const T* x_TD, const Sum<T>* scale_D, Sum<T> eps, int64_t T_, int D, int threads_per_row, T* y_TD) {
   using S = Sum<T>;
-  constexpr int size = Vector<T>::size, kept = kKept / size;
+  constexpr int size = kPiece<T>, kept = kKept / size;
   auto& shared = shared_storage<ForwardShared<S>>();
   const int thread = static_cast<int>(threadIdx.x) % threads_per_row;
   const int64_t row =
@@ -42,30 +46,30 @@ __global__ void __launch_bounds__(kForwardThreads)
   if (row >= T_) return;  // a whole warp, of a block that has a row per warp
   const T* const x_D = x_TD + row * D;
   T* const y_D = y_TD + row * D;
-  const int pieces = pieces_of<T>(D);
-  const auto add_squares = [](const Vector<T>& piece, S& sum) {
+  const int pieces = pieces_of<T, size>(D);
+  const auto add_squares = [](const Vector<T, size>& piece, S& sum) {
 #pragma unroll
     for (int i = 0; i < size; ++i) sum += wide(piece[i]) * wide(piece[i]);
   };
-  Vector<T> x[kept];
+  Vector<T, size> x[kept];
   S squares = 0;
 #pragma unroll
   for (int j = 0; j < kept; ++j) {
     const int piece = thread + j * threads_per_row;
     if (piece < pieces) {
-      x[j] = load_piece<whole>(x_D, piece * size, D);
+      x[j] = load_piece<whole, size>(x_D, piece * size, D);
       add_squares(x[j], squares);
     }
   }
   for (int piece = thread + kept * threads_per_row; piece < pieces; piece += threads_per_row) {
-    add_squares(load_piece<whole>(x_D, piece * size, D), squares);
+    add_squares(load_piece<whole, size>(x_D, piece * size, D), squares);
   }
   squares = threads_per_row == kWarp ? warp_sum(squares) : block_sum(squares, shared.sums);
   const S root = S(1) / std::sqrt(squares / static_cast<S>(D) + eps);
-  const auto write = [&](const Vector<T>& input, int piece) {
+  const auto write = [&](const Vector<T, size>& input, int piece) {
     S scale[size];
     load_values<whole>(scale_D, piece * size, D, scale);
-    Vector<T> y;
+    Vector<T, size> y;
 #pragma unroll
     for (int i = 0; i < size; ++i) y[i] = narrow<T>(wide(input[i]) * root * scale[i]);
     store_piece<whole>(y_D, piece * size, D, y);
@@ -76,7 +80,7 @@ __global__ void __launch_bounds__(kForwardThreads)
     if (piece < pieces) write(x[j], piece);
   }
   for (int piece = thread + kept * threads_per_row; piece < pieces; piece += threads_per_row) {
-    write(load_piece<whole>(x_D, piece * size, D), piece);
+    write(load_piece<whole, size>(x_D, piece * size, D), piece);
   }
 }
 
@@ -86,20 +90,20 @@ __global__ void __launch_bounds__(kBackwardThreads)
     norm_backward_kernel(const T* grad_TD, const T* x_TD, const Sum<T>* scale_D, Sum<T> eps, int64_t T_, int D,
                          int64_t rows_per_block, T* grad_x_TD, Sum<T>* partial_BD) {
   using S = Sum<T>;
-  constexpr int size = Vector<T>::size, kept = kKeptBackward<T> / size;
+  constexpr int size = kPiece<T>, kept = kKeptBackward<T> / size;
   auto& shared = shared_storage<BackwardShared>();
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int pieces = pieces_of<T>(D);
+  const int pieces = pieces_of<T, size>(D);
   const int64_t begin = int64_t{blockIdx.x} * rows_per_block;
   const int64_t end = begin + rows_per_block < T_ ? begin + rows_per_block : T_;
   S* const partial_D = partial_BD + int64_t{blockIdx.x} * D;
-  Vector<T> x[kept], grad[kept];
+  Vector<T, size> x[kept], grad[kept];
   S grad_scale[kept][size] = {};
   for (int64_t row = begin; row < end; ++row) {
     const T *const x_D = x_TD + row * D, *const grad_D = grad_TD + row * D;
     T* const grad_x_D = grad_x_TD + row * D;
     double sums[2] = {0, 0};  // of x^2 and of s x
-    const auto add = [&](const Vector<T>& input, const Vector<T>& incoming, int piece) {
+    const auto add = [&](const Vector<T, size>& input, const Vector<T, size>& incoming, int piece) {
       S scale[size];
       load_values<whole>(scale_D, piece * size, D, scale);
 #pragma unroll
@@ -113,8 +117,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     for (int j = 0; j < kept; ++j) {
       const int piece = thread + j * threads;
       if (piece < pieces) {
-        x[j] = load_piece<whole>(x_D, piece * size, D);
-        grad[j] = load_piece<whole>(grad_D, piece * size, D);
+        x[j] = load_piece<whole, size>(x_D, piece * size, D);
+        grad[j] = load_piece<whole, size>(grad_D, piece * size, D);
       }
     }
 #pragma unroll
@@ -123,16 +127,16 @@ __global__ void __launch_bounds__(kBackwardThreads)
       if (piece < pieces) add(x[j], grad[j], piece);
     }
     for (int piece = thread + kept * threads; piece < pieces; piece += threads) {
-      add(load_piece<whole>(x_D, piece * size, D), load_piece<whole>(grad_D, piece * size, D), piece);
+      add(load_piece<whole, size>(x_D, piece * size, D), load_piece<whole, size>(grad_D, piece * size, D), piece);
     }
     block_sums(sums, shared.sums);
     const double root = 1 / std::sqrt(sums[0] / static_cast<double>(D) + eps);
     const double along_x = root * root * sums[1] / static_cast<double>(D);
     const S root_S = static_cast<S>(root);
-    const auto write = [&](const Vector<T>& input, const Vector<T>& incoming, int piece) {
+    const auto write = [&](const Vector<T, size>& input, const Vector<T, size>& incoming, int piece) {
       S scale[size];
       load_values<whole>(scale_D, piece * size, D, scale);
-      Vector<T> grad_x;
+      Vector<T, size> grad_x;
 #pragma unroll
       for (int i = 0; i < size; ++i) {
         const double s = static_cast<double>(wide(incoming[i])) * scale[i];
@@ -151,8 +155,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     }
     // Columns beyond those kept in registers: their sums grow in the workspace, which this thread alone touches.
     for (int piece = thread + kept * threads; piece < pieces; piece += threads) {
-      const Vector<T> input = load_piece<whole>(x_D, piece * size, D);
-      const Vector<T> incoming = load_piece<whole>(grad_D, piece * size, D);
+      const Vector<T, size> input = load_piece<whole, size>(x_D, piece * size, D);
+      const Vector<T, size> incoming = load_piece<whole, size>(grad_D, piece * size, D);
       write(input, incoming, piece);
       S sum[size] = {};
       if (row > begin) load_values<whole>(partial_D, piece * size, D, sum);
@@ -205,7 +209,7 @@ void rms_norm_backward(const void* grad, const void* x, Type type, const void* s
   dispatch_type(type, [&](auto zero) {
     using Element = decltype(zero);
     using S = Sum<Element>;
-    constexpr int size = Vector<Element>::size;
+    constexpr int size = kPiece<Element>;
     const int threads = threads_for(ceil_div(D, size), kKeptBackward<Element> / size, kBackwardThreads);
     const int64_t blocks = rms_norm_blocks(T);
     dispatch_bool(rows_are_vectors<Element>(D, grad, x, scale, grad_x, partial), [&](auto whole) {

@@ -36,23 +36,23 @@ __device__ __forceinline__ T narrow(S x) {
   }
 }
 
-// 16 bytes that a thread moves at once.
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int size = 16 / sizeof(T);
+// Elements that a thread moves at once: 16 bytes, or fewer where it moves as many of a wider type beside them.
+template <class T, int kSize = 16 / sizeof(T)>
+struct alignas(kSize * sizeof(T)) Vector {
+  static constexpr int size = kSize;
   T values[size];
 
   __device__ __forceinline__ T& operator[](int i) { return values[i]; }
   __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
 };
 
-template <class T>
-__device__ __forceinline__ Vector<T> load_vector(const T* pointer, Here here = Here::current()) {
-  return load(reinterpret_cast<const Vector<T>*>(pointer), here);
+template <class T, int size = Vector<T>::size>
+__device__ __forceinline__ Vector<T, size> load_vector(const T* pointer, Here here = Here::current()) {
+  return load(reinterpret_cast<const Vector<T, size>*>(pointer), here);
 }
-template <class T>
-__device__ __forceinline__ void store_vector(T* pointer, const Vector<T>& vector, Here here = Here::current()) {
-  store(reinterpret_cast<Vector<T>*>(pointer), vector, here);
+template <class T, int size>
+__device__ __forceinline__ void store_vector(T* pointer, const Vector<T, size>& vector, Here here = Here::current()) {
+  store(reinterpret_cast<Vector<T, size>*>(pointer), vector, here);
 }
 
 // Sums over the lanes of a warp in the order of a butterfly: the same bits in every lane.

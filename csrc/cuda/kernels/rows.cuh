@@ -19,9 +19,9 @@ constexpr int threads_for(int64_t pieces, int64_t per_thread, int most) {
 }
 
 // Pieces of a row of `columns` elements.
-template <class T>
+template <class T, int size = Vector<T>::size>
 __device__ __forceinline__ int pieces_of(int columns) {
-  return (columns + Vector<T>::size - 1) / Vector<T>::size;
+  return (columns + size - 1) / size;
 }
 
 // f(std::true_type) or f(std::false_type).
@@ -34,26 +34,30 @@ void dispatch_bool(bool value, F&& f) {
   }
 }
 
-// Elements [begin, begin + Vector<T>::size) of a row, zeros where it has ended. `whole`: rows are vectors.
-template <bool whole, class T>
-__device__ __forceinline__ Vector<T> load_piece(const T* row, int begin, int columns) {
+// Elements [begin, begin + size) of a row, zeros where it has ended. `whole`: rows are vectors.
+template <bool whole, int size, class T>
+__device__ __forceinline__ Vector<T, size> load_piece(const T* row, int begin, int columns) {
   if constexpr (whole) {
-    return load_vector(row + begin);
+    return load_vector<T, size>(row + begin);
   } else {
-    Vector<T> piece;
+    Vector<T, size> piece;
 #pragma unroll
-    for (int i = 0; i < Vector<T>::size; ++i) piece[i] = begin + i < columns ? load(row + begin + i) : narrow<T>(0.f);
+    for (int i = 0; i < size; ++i) piece[i] = begin + i < columns ? load(row + begin + i) : narrow<T>(0.f);
     return piece;
   }
 }
-
 template <bool whole, class T>
-__device__ __forceinline__ void store_piece(T* row, int begin, int columns, const Vector<T>& piece) {
+__device__ __forceinline__ Vector<T> load_piece(const T* row, int begin, int columns) {
+  return load_piece<whole, Vector<T>::size>(row, begin, columns);
+}
+
+template <bool whole, class T, int size>
+__device__ __forceinline__ void store_piece(T* row, int begin, int columns, const Vector<T, size>& piece) {
   if constexpr (whole) {
     store_vector(row + begin, piece);
   } else {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::size; ++i) {
+    for (int i = 0; i < size; ++i) {
       if (begin + i < columns) store(row + begin + i, piece[i]);
     }
   }
