@@ -29,7 +29,7 @@ Tensor forward(const Tensor& ids_, const Tensor& table_) {
   return y;
 }
 
-void backward_into(const Tensor& grad_, const Tensor& ids_, const Tensor& grad_table) {
+void sum_into(const Tensor& grad_, const Tensor& ids_, bool add, const Tensor& grad_table) {
   const OnDevice device(grad_);
   const Tensor grad = grad_.contiguous();
   const int64_t D = grad.size(-1), T = ids_.numel();
@@ -42,13 +42,17 @@ void backward_into(const Tensor& grad_, const Tensor& ids_, const Tensor& grad_t
   const auto sums = grad.options().dtype(accumulation_dtype(grad.scalar_type()));
   const Tensor partial = at::empty({embedding_partial_size(T, D)}, sums);
   embedding_backward(data(grad), type_of(grad), sorted_ids.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>(),
-                     T, grad_table.size(0), D, mutable_data(partial), mutable_data(grad_table), device.stream());
+                     T, grad_table.size(0), D, mutable_data(partial), add, mutable_data(grad_table), device.stream());
 }
 
 Tensor backward(const Tensor& grad, const Tensor& ids, int64_t num_rows) {
   const Tensor grad_table = at::zeros({num_rows, grad.size(-1)}, grad.options());
-  backward_into(grad, ids, grad_table);
+  sum_into(grad, ids, false, grad_table);
   return grad_table;
+}
+
+void backward_into(const Tensor& grad, const Tensor& ids, const Tensor& grad_table) {
+  sum_into(grad, ids, true, grad_table);
 }
 
 }  // namespace

@@ -258,8 +258,10 @@ Results embeddings(Type type, int64_t D) {
   for (int64_t i = 0; i < T; ++i) std::tie(as<int64_t>(sorted)[i], as<int64_t>(order)[i]) = pairs[i];
   Bytes y = unwritten(T * D, size_of(type)), partial = unwritten(embedding_partial_size(T, D), size_of(sum_type(type)));
   embedding(as<int64_t>(ids), table.data(), type, T, V, D, y.data(), nullptr);
-  embedding_backward(grad.data(), type, as<int64_t>(sorted), as<int64_t>(order), T, V, D, partial.data(),
-                     grad_table.data(), nullptr);
+  for (const bool add : {false, true}) {
+    embedding_backward(grad.data(), type, as<int64_t>(sorted), as<int64_t>(order), T, V, D, partial.data(), add,
+                       grad_table.data(), nullptr);
+  }
   Results results;
   results.add(y, grad_table);
   return results;

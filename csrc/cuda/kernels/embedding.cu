@@ -49,11 +49,14 @@ __device__ __forceinline__ int64_t partial_row(int64_t chunk, bool began_before)
   return 2 * chunk + (began_before ? 0 : 1);
 }
 
+// Every row of the table has one run.
 template <bool whole, class T>
-__device__ __forceinline__ void add_to_table(T* row_D, int begin, int D, const Sum<T> (&sum)[Vector<T>::size]) {
-  Vector<T> piece = load_piece<whole>(row_D, begin, D);
+__device__ __forceinline__ void give_to_table(T* row_D, int begin, int D, bool add,
+                                              const Sum<T> (&sum)[Vector<T>::size]) {
+  Vector<T> piece = {};
+  if (add) piece = load_piece<whole>(row_D, begin, D);
 #pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) piece[i] = narrow<T>(sum[i] + wide(piece[i]));
+  for (int i = 0; i < Vector<T>::size; ++i) piece[i] = narrow<T>(add ? sum[i] + wide(piece[i]) : sum[i]);
   store_piece<whole>(row_D, begin, D, piece);
 }
 
@@ -61,7 +64,7 @@ __device__ __forceinline__ void add_to_table(T* row_D, int begin, int D, const S
 template <bool whole, class T>
 __global__ void __launch_bounds__(kThreads)
     sum_chunks_kernel(const T* grad_TD, const int64_t* ids_T, const int64_t* order_T, int64_t T_, int64_t V, int D,
-                      int threads_per_row, Sum<T>* partial, T* grad_table_VD) {
+                      int threads_per_row, Sum<T>* partial, bool add, T* grad_table_VD) {
   using S = Sum<T>;
   constexpr int size = Vector<T>::size;
   const int64_t chunk =
@@ -78,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
     if (began_before || goes_on) {
       store_values<whole>(partial + partial_row(chunk, began_before) * D, column, D, sum);
     } else if (id >= 0 && id < V) {
-      add_to_table<whole>(grad_table_VD + id * D, column, D, sum);
+      give_to_table<whole>(grad_table_VD + id * D, column, D, add, sum);
     }
   };
   for (int64_t batch = first; batch < last; batch += kBatch) {
@@ -113,8 +116,8 @@ struct RunShared {
 // A block for each border between chunks; it works where a run crosses that border and no earlier one. Lane l of the
 // run adds the chunks' sums l, l + kLanes, ...; lane 0 adds the lanes'. Grid: (chunks - 1, columns).
 template <bool whole, class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_runs_kernel(const int64_t* ids_T, int64_t T_, int64_t V, int D, const Sum<T>* partial, T* grad_table_VD) {
+__global__ void __launch_bounds__(kThreads) sum_runs_kernel(const int64_t* ids_T, int64_t T_, int64_t V, int D,
+                                                            const Sum<T>* partial, bool add, T* grad_table_VD) {
   using S = Sum<T>;
   constexpr int size = Vector<S>::size;
   auto& shared = shared_storage<RunShared<S>>();
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
   T* const row_D = grad_table_VD + id * D;
 #pragma unroll
   for (int k = 0; k < size; ++k) {
-    if (column + k < D) store(row_D + column + k, narrow<T>(sum[k] + wide(load(row_D + column + k))));
+    if (column + k < D) store(row_D + column + k, narrow<T>(add ? sum[k] + wide(load(row_D + column + k)) : sum[k]));
   }
 }
 
@@ -180,7 +183,7 @@ void embedding(const int64_t* ids, const void* table, Type type, int64_t T, int6
 int64_t embedding_partial_size(int64_t T, int64_t D) { return 2 * ceil_div(T, kChunk) * D; }
 
 void embedding_backward(const void* grad, Type type, const int64_t* sorted_ids, const int64_t* order, int64_t T,
-                        int64_t V, int64_t D, void* partial, void* grad_table, cudaStream_t stream) {
+                        int64_t V, int64_t D, void* partial, bool add, void* grad_table, cudaStream_t stream) {
   dispatch_type(type, [&](auto zero) {
     using Element = decltype(zero);
     using S = Sum<Element>;
@@ -192,11 +195,11 @@ void embedding_backward(const void* grad, Type type, const int64_t* sorted_ids, 
              dim3(static_cast<unsigned>(ceil_div(chunks, kThreads / threads_per_row)),
                   static_cast<unsigned>(ceil_div(pieces, threads_per_row))),
              dim3(kThreads), 0, stream, static_cast<const Element*>(grad), sorted_ids, order, T, V, D, threads_per_row,
-             static_cast<S*>(partial), static_cast<Element*>(grad_table));
+             static_cast<S*>(partial), add, static_cast<Element*>(grad_table));
       if (chunks < 2) return;
       launch(&sum_runs_kernel<decltype(whole)::value, Element>,
              dim3(static_cast<unsigned>(chunks - 1), static_cast<unsigned>(ceil_div(D, columns_of_run))),
-             dim3(kThreads), sizeof(RunShared<S>), stream, sorted_ids, T, V, D, static_cast<const S*>(partial),
+             dim3(kThreads), sizeof(RunShared<S>), stream, sorted_ids, T, V, D, static_cast<const S*>(partial), add,
              static_cast<Element*>(grad_table));
     });
   });

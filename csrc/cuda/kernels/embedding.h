@@ -14,10 +14,11 @@ void embedding(const int64_t* ids, const void* table, Type type, int64_t T, int6
 // Elements of the workspace of embedding_backward, in float32 (float64 for float64).
 int64_t embedding_partial_size(int64_t T, int64_t D);
 
-// grad_table[v] += sum over the positions t with ids[t] = v of grad[t], in the positions' order within fixed chunks of
-// the sorted positions, the chunks' sums then in a fixed order too; no atomics. sorted_ids [T] ascending, order [T] the
-// positions they come from (a stable sort). Sums are float32 (float64 for float64). Rows of other ids are not touched.
+// grad_table[v] = (or +=, to `add`) sum over the positions t with ids[t] = v of grad[t], in the positions' order within
+// fixed chunks of the sorted positions, the chunks' sums then in a fixed order too; no atomics. sorted_ids [T]
+// ascending, order [T] the positions they come from (a stable sort). Sums are float32 (float64 for float64). Rows of
+// other ids are not touched.
 void embedding_backward(const void* grad, Type type, const int64_t* sorted_ids, const int64_t* order, int64_t T,
-                        int64_t V, int64_t D, void* partial, void* grad_table, cudaStream_t stream);
+                        int64_t V, int64_t D, void* partial, bool add, void* grad_table, cudaStream_t stream);
 
 }  // namespace glam::cuda
