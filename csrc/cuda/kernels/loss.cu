@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(kThreads)
                     const int64_t* targets, int64_t first_column, const Sum<T>* lse_T, const Sum<T>* weight_T,
                     double z_loss, double label_smoothing, int64_t vocabulary, T* gradient) {
   using S = Sum<T>;
-  constexpr int size = Vector<T>::size;
+  constexpr int size = Vector<S>::size;  // so that a warp reads and writes whole sectors
   const int64_t row = blockIdx.x;
   const S* const row_products = products + row * stride;
   T* const row_gradient = gradient + row * stride;
   const int64_t pieces = ceil_div(columns, size);
   const S weight = weight_T == nullptr ? S(1) : load(weight_T + row);
   if (weight == S(0)) {
-    Vector<T> zeros;
+    Vector<T, size> zeros;
 #pragma unroll
     for (int i = 0; i < size; ++i) zeros[i] = narrow<T>(0.f);
     for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads)
@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(kThreads)
   const S softmax = valid * weight * logit.scale * static_cast<S>(1 + 2 * z_loss * lse);
   const S uniform = weight * logit.scale * static_cast<S>(label_smoothing / static_cast<double>(vocabulary));
   const S of_target = weight * logit.scale * static_cast<S>(1 - label_smoothing);
-#pragma unroll 2
+#pragma unroll 4
   for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
     S values[size];
     load_values<true>(row_products, piece * size, columns, values);
-    Vector<T> gradients;
+    Vector<T, size> gradients;
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       const S value = logit.template of<capped>(values[i]);
