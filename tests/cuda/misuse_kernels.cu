@@ -162,7 +162,7 @@ const std::map<std::string, Run>& cases() {
       {"trap", [](Arrays&) { run(trap_kernel); }},
       {"large_block", [](Arrays&) { launch(empty_kernel, 1, 1025, 0, nullptr); }},             // place: large_block
       {"large_grid", [](Arrays&) { launch(empty_kernel, {1, 65536}, 32, 0, nullptr); }},       // place: large_grid
-      {"much_shared", [](Arrays&) { launch(empty_kernel, 1, 32, 227 * 1024 + 1, nullptr); }},  // place: much_shared
+      {"much_shared", [](Arrays&) { launch(empty_kernel, 1, 32, 163 * 1024 + 1, nullptr); }},  // place: much_shared
   };
   return cases;
 }
