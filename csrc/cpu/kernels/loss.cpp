@@ -18,6 +18,26 @@ T* to_logits(const LogitBlock<T>& block, int64_t i) {
   return logits;
 }
 
+// The largest of scale * values; a NaN is passed over where it is not the first. Left to the compiler it goes element by
+// element.
+template <class T>
+T largest_of(const T* values, int64_t count, T scale) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int lanes = VectorOf<T>::lanes;
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  T result = scale * values[0];
+  int64_t j = 0;
+  if (count >= lanes) {
+    Vector largest = Vector{} + result;
+    for (; j + lanes <= count; j += lanes) {
+      largest = larger(scale * *reinterpret_cast<const Vector*>(values + j), largest);
+    }
+    for (int l = 0; l < lanes; ++l) result = larger(largest[l], result);
+  }
+  for (; j < count; ++j) result = larger(scale * values[j], result);
+  return result;
+}
+
 template <class T>
 void reduce(const LogitBlock<T>& block, bool keep, T* maximum, T* exp_sum, T* logit_sum, T* target_logit) {
   for (int64_t i = 0; i < block.rows; ++i) {
@@ -27,23 +47,13 @@ void reduce(const LogitBlock<T>& block, bool keep, T* maximum, T* exp_sum, T* lo
     T* const values = capped ? to_logits(block, i) : block.values + i * block.stride;
     const T* const logits = values;
     const T scale = capped ? T(1) : block.scale;
-    T largest[kLanes];
-    for (int l = 0; l < kLanes; ++l) largest[l] = scale * logits[0];
-    int64_t j = 0;
-    for (; j + kLanes <= block.columns; j += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
-        const T logit = scale * logits[j + l];
-        largest[l] = logit > largest[l] ? logit : largest[l];
-      }
-    }
-    for (; j < block.columns; ++j) largest[0] = scale * logits[j] > largest[0] ? scale * logits[j] : largest[0];
-    for (int l = 1; l < kLanes; ++l) largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
+    const T largest = largest_of(logits, block.columns, scale);
 
     LaneSums<T> exps, sums;
     sums.add(block.columns, [&](int64_t c) { return logits[c]; });
     const int64_t target = block.targets[token] - block.column;
     if (target >= 0 && target < block.columns) target_logit[token] = scale * logits[target];
-    const T shift = -largest[0], cap = block.logit_cap;  // no stores to values can change these
+    const T shift = -largest, cap = block.logit_cap;  // no stores to values can change these
     const auto exp_at = [&](int64_t c) { return exp(multiply_add(logits[c], scale, shift)); };
     if (keep && capped) {
       exps.add(block.columns, [&](int64_t c) {
@@ -56,7 +66,7 @@ void reduce(const LogitBlock<T>& block, bool keep, T* maximum, T* exp_sum, T* lo
     } else {
       exps.add(block.columns, exp_at);
     }
-    maximum[token] = largest[0];
+    maximum[token] = largest;
     exp_sum[token] = exps.total();
     logit_sum[token] = scale * sums.total();
   }
