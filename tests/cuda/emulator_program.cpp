@@ -135,6 +135,7 @@ const std::map<std::string, std::function<bool()>>& cases() {
         {"product_without_wait", [] { return product_is_right(Bug::product_without_wait); }},
         {"count", [] { return count_is_right(Bug::none); }},
         {"count_without_atomic", [] { return count_is_right(Bug::count_without_atomic); }},
+        {"count_past_the_end", [] { return count_is_right(Bug::count_past_the_end); }},
         {"total", [] { return total_is_right(Bug::none); }},
         {"total_without_fence", [] { return total_is_right(Bug::total_without_fence); }},
         {"host_threads", host_threads_are_right},

@@ -168,7 +168,8 @@ constexpr int kBlock = 64;
 template <Bug kBug>
 __global__ void count_kernel(const int* __restrict__ x, int count, int* total) {
   const int i = blockIdx.x * kBlock + threadIdx.x;
-  const int positive = __syncthreads_count(i < count && x[i] > 0);
+  const int end = kBug == Bug::count_past_the_end ? count + 1 : count;
+  const int positive = __syncthreads_count(i < end && x[i] > 0);
   if (threadIdx.x != 0) return;
   if (kBug == Bug::count_without_atomic) {
     *total += positive;
@@ -225,7 +226,9 @@ void product(Bug bug, const bf16* a, const bf16* b, bf16* c, int m, int n, int k
 }
 
 void count_positive(Bug bug, const int* x, int count, int* total) {
-  auto* kernel = bug == Bug::count_without_atomic ? count_kernel<Bug::count_without_atomic> : count_kernel<Bug::none>;
+  auto* kernel = bug == Bug::count_without_atomic ? count_kernel<Bug::count_without_atomic>
+                 : bug == Bug::count_past_the_end ? count_kernel<Bug::count_past_the_end>
+                                                  : count_kernel<Bug::none>;
   launch(kernel, ceil_div(count, kBlock), kBlock, 0, nullptr, x, count, total);
 }
 

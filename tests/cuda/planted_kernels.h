@@ -1,5 +1,5 @@
 // Small kernels that exercise what the emulator watches for, each right or with one planted bug: a barrier, a wait, a
-// fence or an atomic left out. The launchers take host memory.
+// fence or an atomic left out, an element too many. The launchers take host memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +16,7 @@ enum class Bug {
   product_overwrites_stage,   // barrier before a stage's next copy
   product_without_wait,       // for the asynchronous copies
   count_without_atomic,       // adds to one number from several blocks
+  count_past_the_end,         // reads one element too many, by a plain pointer
   total_without_fence,        // between a block's result and its ticket
 };
 

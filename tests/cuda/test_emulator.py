@@ -89,9 +89,21 @@ def test_right_kernels(plain: list[str]) -> None:
     check_right(plain, 10, [*RIGHT, *FUNCTIONS, "host_threads", "after_errors"])
 
 
-def test_right_kernels_under_address_sanitizer(builder: Builder) -> None:
-    program = builder.program("emulator", "address", KERNELS, ["emulator_program.cpp"])
-    check_right(program, 3, [*RIGHT, *FUNCTIONS, "host_threads", "after_errors"])
+@pytest.fixture(scope="module")
+def with_asan(builder: Builder) -> list[str]:
+    return builder.program("emulator", "address", KERNELS, ["emulator_program.cpp"])
+
+
+def test_right_kernels_under_address_sanitizer(with_asan: list[str]) -> None:
+    check_right(with_asan, 3, [*RIGHT, *FUNCTIONS, "host_threads", "after_errors"])
+
+
+def test_an_element_too_many(with_asan: list[str]) -> None:
+    """Of an array that nobody registered, by a plain pointer: AddressSanitizer's to find."""
+    output = run(with_asan, "count_past_the_end:forward:1")
+    assert output.code not in (0, 66)
+    assert "AddressSanitizer: heap-buffer-overflow" in output.errors
+    assert "planted_kernels.cu:" in output.errors
 
 
 def test_right_kernels_under_thread_sanitizer(with_tsan: list[str]) -> None:
