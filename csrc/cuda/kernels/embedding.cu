@@ -50,13 +50,12 @@ __device__ __forceinline__ int64_t partial_row(int64_t chunk, bool began_before)
 }
 
 // Every row of the table has one run.
-template <bool whole, class T>
-__device__ __forceinline__ void give_to_table(T* row_D, int begin, int D, bool add,
-                                              const Sum<T> (&sum)[Vector<T>::size]) {
-  Vector<T> piece = {};
-  if (add) piece = load_piece<whole>(row_D, begin, D);
+template <bool whole, class T, int size>
+__device__ __forceinline__ void give_to_table(T* row_D, int begin, int D, bool add, const Sum<T> (&sum)[size]) {
+  Vector<T, size> piece = {};
+  if (add) piece = load_piece<whole, size>(row_D, begin, D);
 #pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) piece[i] = narrow<T>(add ? sum[i] + wide(piece[i]) : sum[i]);
+  for (int i = 0; i < size; ++i) piece[i] = narrow<T>(add ? sum[i] + wide(piece[i]) : sum[i]);
   store_piece<whole>(row_D, begin, D, piece);
 }
 
@@ -158,11 +157,7 @@ __global__ void __launch_bounds__(kThreads) sum_runs_kernel(const int64_t* ids_T
 #pragma unroll
     for (int k = 0; k < size; ++k) sum[k] += others[k];
   }
-  T* const row_D = grad_table_VD + id * D;
-#pragma unroll
-  for (int k = 0; k < size; ++k) {
-    if (column + k < D) store(row_D + column + k, narrow<T>(add ? sum[k] + wide(load(row_D + column + k)) : sum[k]));
-  }
+  give_to_table<whole>(grad_table_VD + id * D, column, D, add, sum);
 }
 
 }  // namespace
