@@ -1,12 +1,18 @@
-"""The memory traffic of every CUDA kernel, counted by the emulator: no GPU is needed.
+"""The memory traffic of the CUDA kernels, counted by the emulator: no GPU is needed.
 
-    python benchmarks/gpu_traffic.py build/cuda-emulated/libglam_cuda_emulated.so [--markdown]
+    python benchmarks/gpu_traffic.py build/cuda-emulated/libglam_cuda_emulated.so [--markdown | --write]
 
-Per op: the bytes it must move (each input read once, each output written once), the bytes of the 32-byte sectors that
-its warps touch in global memory over them, the share of those sectors that the same bytes would not need (uncoalesced
-access), and the passes over shared memory's banks over those needed. What a cache would serve counts as touched, so the
-ratio is an upper bound of the traffic to memory. The last columns are the time that the touched bytes take at the
-memory rates of the datasheets: 2.04 TB/s for an A100 with 80 GB, 3.35 TB/s for an H100 SXM.
+Per op: the bytes it must move, the bytes of the 32-byte sectors that its warps touch in global memory over them, the
+share of those sectors that the same bytes would not need (uncoalesced access), and the passes over shared memory's
+banks over those needed. The bytes it must move are each input read once and each output written once; of an op that
+has products by the library in it, what its own kernels get from them and give to them. What a cache would serve counts
+as touched, so the ratio is an upper bound of the traffic to memory. The last columns are the time that the touched
+bytes take at the memory rates of the datasheets: 2.04 TB/s for an A100 with 80 GB, 3.35 TB/s for an H100 SXM.
+
+Kernels of the ops below are counted, as they run for bfloat16 activations and float32 weights. Not among them: what
+runs inside the library (its products, sorts and attention), and the kernels around torch's memory-efficient attention,
+which the emulated build cannot call; attention is counted in the form that float32 takes on a GPU. --write puts the
+table into docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -15,8 +21,11 @@ import argparse
 import ctypes
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from generated import replace_part, table
 from torch import Tensor
 
 import glam_ext  # noqa: F401  (registers torch.ops.glam)
@@ -24,39 +33,59 @@ import glam_ext  # noqa: F401  (registers torch.ops.glam)
 GLAM = torch.ops.glam
 SECTOR = 32
 RATES = {"A100": 2.04e12, "H100": 3.35e12}
-T, D, E, V, TABLE = 1024, 256, 16, 512, 384
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """T tokens of D, E experts of F; a vocabulary of V and B sequences of S; a matrix [2, D, matrix] of weights."""
+
+    T: int = 1024
+    D: int = 256
+    E: int = 16
+    F: int = 64
+    V: int = 384
+    B: int = 2
+    S: int = 64
+    H: int = 4
+    A: int = 64
+    matrix: int = 512
 
 
 def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def cases() -> dict[str, tuple[Callable[[], object], int]]:
-    """Op -> a call of it and the bytes it must move. bfloat16 activations, float32 weights."""
-    torch.manual_seed(0)
-    logits = torch.randn(T, E)
-    gates, ids, positions, aux = GLAM.top2_gating(logits, None, None, T // 4)
+# An op -> a call of it and the bytes that it must move.
+Cases = dict[str, tuple[Callable[[], object], int]]
+
+
+def routing_cases(s: Sizes) -> Cases:
+    logits = torch.randn(s.T, s.E)
+    gates, ids, positions, aux = GLAM.top2_gating(logits, None, None, s.T // 4)
     grads = torch.randn_like(gates), torch.randn_like(aux)
-    plan = GLAM.routing_plan(ids, positions, E)
-    x, scale = torch.randn(T, D).bfloat16(), torch.randn(D)
+    plan = GLAM.routing_plan(ids, positions, s.E)
+    slots = max(1, s.T // s.E)
+    slotted = GLAM.routing_plan(ids, positions, s.E, s.T // 4, slots)
+    x = torch.randn(s.T, s.D).bfloat16()
     rows = GLAM.dispatch(x, *plan)
-    table, tokens = torch.randn(TABLE, D).bfloat16(), torch.randint(TABLE, (T,))
-    weight, grad = torch.randn(2, D, V), torch.randn(2, D, V)
-    row_var, col_var = torch.rand(2, D), torch.rand(2, V)
-    step, rate, skip = torch.tensor(3), torch.tensor(1e-2), torch.tensor(False)
-    sums = GLAM.adafactor_sums(grad, weight, True)
-    totals = GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, D, V)
-    means, squares = totals[0] / D, (totals[0] / D * totals[1]).sum()
+    wi, wo = torch.randn(s.E, s.D, s.F), torch.randn(s.E, s.F, s.D)
+    experts = (wi, wo, None, "gelu")
+    y, pre, pre_gate = GLAM._moe_mlp_forward(x, gates, *plan, *experts)
     return {
         "top2_gating": (
-            lambda: GLAM.top2_gating(logits, None, None, T // 4),
+            lambda: GLAM.top2_gating(logits, None, None, s.T // 4),
             nbytes(logits, gates, ids, positions, aux),
         ),
         "top2_gating backward": (
-            lambda: GLAM._top2_gating_backward(*grads, logits, ids, positions, T // 4, True),
+            lambda: GLAM._top2_gating_backward(*grads, logits, ids, positions, s.T // 4, True),
             nbytes(logits, logits, gates, ids, positions),
         ),
-        "routing_plan": (lambda: GLAM.routing_plan(ids, positions, E), nbytes(ids, positions, *plan)),
+        "routing_plan": (lambda: GLAM.routing_plan(ids, positions, s.E), nbytes(ids, positions, *plan)),
+        "routing_plan, slots": (
+            lambda: GLAM.routing_plan(ids, positions, s.E, s.T // 4, slots),
+            nbytes(ids, positions, *slotted),
+        ),
+        "router_statistics": (lambda: GLAM.router_statistics(ids, positions, s.E), nbytes(ids, positions)),
         "dispatch": (lambda: GLAM.dispatch(x, *plan), nbytes(rows, rows, plan[1])),
         "dispatch backward": (lambda: GLAM._dispatch_backward(rows, *plan), nbytes(rows, x, plan[0])),
         "combine": (lambda: GLAM.combine(rows, gates, *plan), nbytes(rows, x, plan[0], gates)),
@@ -64,13 +93,82 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
             lambda: GLAM._combine_backward(x, rows, gates, *plan),
             nbytes(rows, rows, rows, plan[1], gates),
         ),
+        "moe_mlp": (
+            lambda: GLAM._moe_mlp_forward(x, gates, *plan, *experts),
+            nbytes(x, gates, *plan, wi, wo, y, pre),
+        ),
+        "moe_mlp backward": (
+            lambda: GLAM._moe_mlp_backward(y, x, gates, *plan, pre, pre_gate, *experts),
+            nbytes(y, x, x, gates, gates, *plan, wi, wo, wi, wo, pre),
+        ),
+    }
+
+
+def dense_cases(s: Sizes) -> Cases:
+    x, scale = torch.randn(s.T, s.D).bfloat16(), torch.randn(s.D)
+    embedding, tokens = torch.randn(s.V, s.D).bfloat16(), torch.randint(s.V, (s.T,))
+    hidden, output, targets = x[: s.T // 4], torch.randn(8 * s.V, s.D).bfloat16(), torch.randint(8 * s.V, (s.T // 4,))
+    logits, per_token = torch.empty(s.T // 4, 8 * s.V), torch.empty(s.T // 4)  # float32; the logits' gradients bfloat16
+    return {
         "rms_norm": (lambda: GLAM.rms_norm(x, scale), nbytes(x, x, scale)),
         "rms_norm backward": (lambda: GLAM._rms_norm_backward(x, x, scale, 1e-6), nbytes(x, x, x, scale, scale)),
-        "embedding": (lambda: GLAM.embedding(tokens, table), nbytes(x, x, tokens)),
-        "embedding backward": (lambda: GLAM._embedding_backward(x, tokens, TABLE), nbytes(x, table, tokens)),
+        "embedding": (lambda: GLAM.embedding(tokens, embedding), nbytes(x, x, tokens)),
+        "embedding backward": (
+            lambda: GLAM._embedding_backward(x, tokens, s.V),
+            nbytes(x, embedding, tokens, tokens),
+        ),
+        "linear_cross_entropy, statistics": (
+            lambda: GLAM._vocabulary_statistics(hidden, output, targets, 1.0, 0.0, 0, 8 * s.V),
+            nbytes(logits, targets, *(per_token,) * 3),
+        ),
+        "linear_cross_entropy, both gradients too": (
+            lambda: GLAM._linear_cross_entropy_with_gradients(
+                hidden, output, targets, None, 1.0, 0.0, 0.0, 0.0, True, True
+            ),
+            nbytes(logits, logits, logits.bfloat16(), targets, targets, *(per_token,) * 8),
+        ),
+    }
+
+
+def attention_cases(s: Sizes) -> Cases:
+    q, k, v = (torch.randn(s.B, s.S, s.H, s.A) for _ in range(3))
+    bias = torch.randn(s.H, 32)
+    out, lse = GLAM._relative_attention_forward(q, k, v, bias, None, True, 0.0)
+    scores = torch.empty(s.B, s.H, s.S, s.S)
+    new = torch.randn(s.B, 1, s.H, s.A).bfloat16()
+    k_cache, v_cache = (torch.randn(s.B, s.S, s.H, s.A).bfloat16() for _ in range(2))
+    positions = torch.full((s.B,), s.S - 1, dtype=torch.int32)
+    beams = torch.arange(s.B).flip(0)
+    return {
+        "relative_attention": (
+            lambda: GLAM._relative_attention_forward(q, k, v, bias, None, True, 0.0),
+            nbytes(scores, scores, lse, lse),
+        ),
+        "relative_attention backward": (
+            lambda: GLAM._relative_attention_backward(out, q, k, v, bias, None, lse, True, 0.0),
+            nbytes(scores, scores, scores, scores, lse, bias),
+        ),
+        "relative_attention_step": (
+            lambda: GLAM.relative_attention_step(new, new, new, k_cache, v_cache, positions, bias),
+            nbytes(new, new, new, new, k_cache, v_cache),
+        ),
+        "reorder_cache_": (lambda: GLAM.reorder_cache_(k_cache, beams), nbytes(k_cache, k_cache, beams)),
+    }
+
+
+def optimizer_cases(s: Sizes) -> Cases:
+    weight, grad = torch.randn(2, s.D, s.matrix), torch.randn(2, s.D, s.matrix)
+    row_var, col_var, variance = torch.rand(2, s.D), torch.rand(2, s.matrix), torch.rand(2, s.D, s.matrix)
+    step, rate, skip = torch.tensor(3), torch.tensor(1e-2), torch.tensor(False)
+    sums = GLAM.adafactor_sums(grad, weight, True)
+    totals = GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, s.D, s.matrix)
+    means, squares = totals[0] / s.D, (totals[0] / s.D * totals[1]).sum()
+    whole = GLAM.adafactor_sums(grad, weight, False)
+    ones, whole_squares = GLAM.adafactor_stats_(variance, None, grad, *whole[:2], step, skip, 1, 1)
+    return {
         "adafactor_sums": (lambda: GLAM.adafactor_sums(grad, weight, True), nbytes(grad, weight)),
         "adafactor_stats_": (
-            lambda: GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, D, V),
+            lambda: GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, s.D, s.matrix),
             nbytes(grad),
         ),
         "adafactor_apply_": (
@@ -79,44 +177,120 @@ def cases() -> dict[str, tuple[Callable[[], object], int]]:
             ),
             nbytes(weight, weight, grad),
         ),
+        "adafactor_stats_, unfactored": (
+            lambda: GLAM.adafactor_stats_(variance, None, grad, *whole[:2], step, skip, 1, 1),
+            nbytes(grad, variance, variance),
+        ),
+        "adafactor_apply_, unfactored": (
+            lambda: GLAM.adafactor_apply_(
+                weight, grad, variance, None, ones, whole[2], (ones * whole_squares).sum(), rate, skip, weight.numel()
+            ),
+            nbytes(weight, weight, grad, variance),
+        ),
         "squared_norm": (lambda: GLAM.squared_norm(grad), nbytes(grad)),
+        "ordered_sum": (lambda: GLAM.ordered_sum(grad), nbytes(grad)),
     }
+
+
+def sampling_cases(s: Sizes) -> Cases:
+    logits, numbers = torch.randn(16, 8 * s.V), torch.rand(16)
+    index = torch.arange(s.T * s.D)
+    return {
+        "sample_logits, temperature 0": (lambda: GLAM.sample_logits(logits, numbers, 0.0), nbytes(logits)),
+        "sample_logits": (lambda: GLAM.sample_logits(logits, numbers), nbytes(logits)),
+        "counter_uniform": (lambda: GLAM.counter_uniform(1, 2, index), nbytes(index) + 4 * index.numel()),
+    }
+
+
+def cases(s: Sizes) -> Cases:
+    torch.manual_seed(0)
+    found: Cases = {}
+    for part in (routing_cases, dense_cases, attention_cases, optimizer_cases, sampling_cases):
+        found |= part(s)
+    return found
+
+
+class Emulator:
+    """The emulated kernels, taking the place of the CPU's, and their counters."""
+
+    def __init__(self, library: str) -> None:
+        torch.ops.load_library(library)
+        self.library = ctypes.CDLL(library)
+        self.library.glam_emulator_report.restype = ctypes.c_char_p
+
+    def report(self, call: Callable[[], object]) -> dict[str, list[dict[str, Any]]]:
+        """The launches and accesses of a call (csrc/cuda/emulator/counters.h)."""
+        self.library.glam_emulator_start_counting()
+        call()
+        self.library.glam_emulator_stop_counting()
+        return json.loads(self.library.glam_emulator_report())
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a call touches: sectors and passes, and how many would do."""
+
+    needed_bytes: int
+    sectors: int
+    needed_sectors: int
+    passes: int
+    needed_passes: int
+
+    @property
+    def touched(self) -> float:
+        return self.sectors * SECTOR / self.needed_bytes
+
+    @property
+    def uncoalesced(self) -> float:
+        return (self.sectors - self.needed_sectors) / max(self.sectors, 1)
+
+    @property
+    def bank_passes(self) -> float | None:
+        return self.passes / self.needed_passes if self.needed_passes else None
+
+
+def measured(emulator: Emulator, sizes: Sizes) -> dict[str, Traffic]:
+    found = {}
+    for name, (call, needed_bytes) in cases(sizes).items():
+        accesses = emulator.report(call)["accesses"]
+        totals = [
+            sum(access[key] for access in accesses if access["space"] == space)
+            for space in ("global", "shared")
+            for key in ("cost", "needed")
+        ]
+        found[name] = Traffic(needed_bytes, *totals)
+    return found
+
+
+def rows(found: dict[str, Traffic]) -> list[list[str]]:
+    head = ["op", "necessary MB", "touched / necessary", "uncoalesced", "bank passes", *(f"us {gpu}" for gpu in RATES)]
+    lines = [head]
+    for name, traffic in found.items():
+        passes = traffic.bank_passes
+        lines.append(
+            [
+                name,
+                f"{traffic.needed_bytes / 1e6:.2f}",
+                f"{traffic.touched:.2f}",
+                f"{traffic.uncoalesced:.1%}",
+                "none" if passes is None else f"{passes:.2f}",
+                *(f"{traffic.sectors * SECTOR / rate * 1e6:.1f}" for rate in RATES.values()),
+            ]
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", help="the emulated kernels (csrc/cuda/emulator)")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    torch.ops.load_library(options.library)
-    emulator = ctypes.CDLL(options.library)
-    emulator.glam_emulator_report.restype = ctypes.c_char_p
-
-    head = ["op", "MB", "moved", "uncoalesced", "bank passes", *(f"us {name}" for name in RATES)]
-    print(f"T = {T}, D = {D}, E = {E}, table of {TABLE} rows, weights [2, {D}, {V}]; bfloat16 activations")
-    separator = " | " if options.markdown else "  "
-    print(("| " if options.markdown else "") + separator.join(head) + (" |" if options.markdown else ""))
-    if options.markdown:
-        print("|" + "---|" * len(head))
-    for name, (call, needed_bytes) in cases().items():
-        emulator.glam_emulator_start_counting()
-        call()
-        emulator.glam_emulator_stop_counting()
-        accesses = json.loads(emulator.glam_emulator_report())["accesses"]
-        cost, needed = (
-            {space: sum(a[key] for a in accesses if a["space"] == space) for space in ("global", "shared")}
-            for key in ("cost", "needed")
-        )
-        moved = cost["global"] * SECTOR
-        cells = [
-            name,
-            f"{needed_bytes / 1e6:.2f}",
-            f"{moved / needed_bytes:.2f}",
-            f"{(cost['global'] - needed['global']) / max(cost['global'], 1):.1%}",
-            f"{cost['shared'] / needed['shared']:.2f}" if needed["shared"] else "none",
-            *(f"{moved / rate * 1e6:.1f}" for rate in RATES.values()),
-        ]
-        print(("| " if options.markdown else "") + separator.join(cells) + (" |" if options.markdown else ""))
+    lines = rows(measured(Emulator(options.library), Sizes()))
+    if options.write:
+        replace_part("traffic", table(lines, markdown=True))
+    else:
+        print(table(lines, options.markdown))
 
 
 if __name__ == "__main__":
