@@ -74,18 +74,14 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     bias_kernel(AttentionShape shape, const Sum<T>* lines, int64_t stride, T* bias) {
-  constexpr int size = Vector<T>::size;
   const int64_t row = blockIdx.x, n = row % shape.N, h = row / shape.N % shape.H, b = row / shape.N / shape.H;
   const Query query(shape, b, n);
   const Sum<T>* const line = lines + h * shape.L;
-  for (int64_t piece = threadIdx.x; piece < stride / size; piece += kThreads) {
-    Vector<T> values;
-#pragma unroll
-    for (int i = 0; i < size; ++i) {
-      const int64_t key = piece * size + i;
-      values[i] = narrow<T>(query.sees(key) ? load(line + (query.position - key)) : -kInfinity<Sum<T>>);
-    }
-    store_vector(bias + row * stride + piece * size, values);
+  // A key at a time: a thread with a vector of them would read its part of the line far from its neighbours'.
+#pragma unroll 4
+  for (int64_t key = threadIdx.x; key < stride; key += kThreads) {
+    const Sum<T> value = query.sees(key) ? load(line + (query.position - key)) : -kInfinity<Sum<T>>;
+    store(bias + row * stride + key, narrow<T>(value));
   }
 }
 
