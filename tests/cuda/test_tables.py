@@ -84,6 +84,7 @@ def test_the_table_of_resources_is_up_to_date(library: Path) -> None:
     if generated is None:
         pytest.skip(f"nvcc {here} is not the documented one, and gives other registers")
     assert page == generated, "run benchmarks/gpu_resources.py --write"
+    assert "|  |" not in page, "a case of benchmarks/gpu_traffic.py is to launch every kernel"
 
 
 OCCUPANCIES = """
