@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import glam_ext
+from glam_ext.optim import Adafactor
 
 GLAM = torch.ops.glam
 REPEATS = 20
@@ -221,36 +222,44 @@ def optimiser(report: Report, D: int, F: int) -> None:
     weight, grad = torch.randn(8, D, F), torch.randn(8, D, F)
     row_var, col_var = torch.rand(8, D), torch.rand(8, F)
     step, rate, skip = torch.tensor(3), torch.tensor(1e-2), torch.tensor(False)
-    sums = GLAM.adafactor_sums(grad, weight, True)
-    report.memory("adafactor_sums", lambda: GLAM.adafactor_sums(grad, weight, True), nbytes(grad, weight))
-    totals = GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, D, F)
+    sums = GLAM.adafactor_sums([grad], [weight], [True])
+    report.memory("adafactor_sums", lambda: GLAM.adafactor_sums([grad], [weight], [True]), nbytes(grad, weight))
+    state = [row_var], [col_var], [grad]
+    means, scaled = GLAM.adafactor_stats_(*state, *sums[:2], step, skip, [D], [F])
     report.memory(
-        "adafactor_stats_",
-        lambda: GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, D, F),
-        nbytes(grad),
+        "adafactor_stats_", lambda: GLAM.adafactor_stats_(*state, *sums[:2], step, skip, [D], [F]), nbytes(grad)
     )
-    means, squares = totals[0] / D, (totals[0] / D * totals[1]).sum()
+    squares = GLAM.adafactor_update_squares(means, scaled, [8])
+    sizes = [weight.numel()]
     report.memory(
         "adafactor_apply_",
         lambda: GLAM.adafactor_apply_(
-            weight, grad, row_var, col_var, means, sums[2], squares, rate, skip, weight.numel()
+            [weight], [grad], [row_var], [col_var], means, sums[2], squares, rate, skip, sizes
         ),
         3 * nbytes(grad),
     )
-    report.memory("squared_norm", lambda: GLAM.squared_norm(grad), nbytes(grad), lambda: torch.linalg.vector_norm(grad))
-    variance = torch.rand(8, D, F)
-    whole = GLAM.adafactor_sums(grad, weight, False)
+    report.memory(
+        "squared_norm", lambda: GLAM.squared_norm([grad]), nbytes(grad), lambda: torch.linalg.vector_norm(grad)
+    )
+    variance, none = torch.rand(8, D, F), torch.empty(0)
+    whole = GLAM.adafactor_sums([grad], [weight], [False])
     one = torch.ones(1, dtype=torch.float64)
     report.memory(
         "adafactor_stats_, unfactored",
-        lambda: GLAM.adafactor_stats_(variance, None, grad, *whole[:2], step, skip, 1, 1),
+        lambda: GLAM.adafactor_stats_([variance], [none], [grad], *whole[:2], step, skip, [1], [1]),
         3 * nbytes(grad),
     )
     report.memory(
         "adafactor_apply_, unfactored",
-        lambda: GLAM.adafactor_apply_(weight, grad, variance, None, one, whole[2], squares, rate, skip, weight.numel()),
+        lambda: GLAM.adafactor_apply_([weight], [grad], [variance], [none], one, whole[2], squares, rate, skip, sizes),
         4 * nbytes(grad),
     )
+    # A model's worth of small parameters: what many launches would cost.
+    weights = [torch.randn(256, 256).requires_grad_() for _ in range(100)]
+    for small in weights:
+        small.grad = torch.randn_like(small)
+    update = Adafactor(weights, rate).step
+    report.memory("Adafactor, 100 of 256 x 256", update, 6 * nbytes(*weights))
 
 
 def loss(report: Report, D: int, V: int, square: float) -> None:

@@ -166,34 +166,34 @@ def optimizer_cases(s: Sizes) -> Cases:
     weight, grad = torch.randn(2, s.D, s.matrix), torch.randn(2, s.D, s.matrix)
     row_var, col_var, variance = torch.rand(2, s.D), torch.rand(2, s.matrix), torch.rand(2, s.D, s.matrix)
     step, rate, skip = torch.tensor(3), torch.tensor(1e-2), torch.tensor(False)
-    sums = GLAM.adafactor_sums(grad, weight, True)
-    totals = GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, s.D, s.matrix)
-    means, squares = totals[0] / s.D, (totals[0] / s.D * totals[1]).sum()
-    whole = GLAM.adafactor_sums(grad, weight, False)
-    ones, whole_squares = GLAM.adafactor_stats_(variance, None, grad, *whole[:2], step, skip, 1, 1)
+    none, sizes = torch.empty(0), [weight.numel()]
+    lists, state, whole_state = ([grad], [weight]), ([row_var], [col_var], [grad]), ([variance], [none], [grad])
+    sums = GLAM.adafactor_sums(*lists, [True])
+    means, scaled = GLAM.adafactor_stats_(*state, *sums[:2], step, skip, [s.D], [s.matrix])
+    moments = means, sums[2], GLAM.adafactor_update_squares(means, scaled, [2])
+    whole = GLAM.adafactor_sums(*lists, [False])
+    ones, squares = GLAM.adafactor_stats_(*whole_state, *whole[:2], step, skip, [1], [1])
     return {
-        "adafactor_sums": (lambda: GLAM.adafactor_sums(grad, weight, True), nbytes(grad, weight)),
+        "adafactor_sums": (lambda: GLAM.adafactor_sums(*lists, [True]), nbytes(grad, weight)),
         "adafactor_stats_": (
-            lambda: GLAM.adafactor_stats_(row_var, col_var, grad, *sums[:2], step, skip, s.D, s.matrix),
+            lambda: GLAM.adafactor_stats_(*state, *sums[:2], step, skip, [s.D], [s.matrix]),
             nbytes(grad),
         ),
         "adafactor_apply_": (
-            lambda: GLAM.adafactor_apply_(
-                weight, grad, row_var, col_var, means, sums[2], squares, rate, skip, weight.numel()
-            ),
+            lambda: GLAM.adafactor_apply_([weight], [grad], [row_var], [col_var], *moments, rate, skip, sizes),
             nbytes(weight, weight, grad),
         ),
         "adafactor_stats_, unfactored": (
-            lambda: GLAM.adafactor_stats_(variance, None, grad, *whole[:2], step, skip, 1, 1),
+            lambda: GLAM.adafactor_stats_(*whole_state, *whole[:2], step, skip, [1], [1]),
             nbytes(grad, variance, variance),
         ),
         "adafactor_apply_, unfactored": (
             lambda: GLAM.adafactor_apply_(
-                weight, grad, variance, None, ones, whole[2], (ones * whole_squares).sum(), rate, skip, weight.numel()
+                [weight], [grad], [variance], [none], ones, whole[2], squares, rate, skip, sizes
             ),
             nbytes(weight, weight, grad, variance),
         ),
-        "squared_norm": (lambda: GLAM.squared_norm(grad), nbytes(grad)),
+        "squared_norm": (lambda: GLAM.squared_norm([grad]), nbytes(grad)),
         "ordered_sum": (lambda: GLAM.ordered_sum(grad), nbytes(grad)),
     }
 

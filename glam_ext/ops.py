@@ -421,73 +421,86 @@ def sample_logits(
 # --- optimiser steps: what glam_ext.optim is made of
 
 
-def adafactor_sums(grad: Tensor, weight: Tensor, factored: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums an Adafactor update of weight [..., R, C] begins with; shards of a split parameter are added.
+def adafactor_sums(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], factored: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums that an Adafactor update of P weights [..., R, C] begins with; shards of a split parameter are added.
+
+    All of one dtype, float32 or float64, on one device; leading dimensions are a batch of N matrices. What these ops
+    return holds the list's parameters one behind the other.
 
     Returns:
-        row_sums [..., R] and col_sums [..., C] of grad^2 (empty unless factored), weight_squares [] float64.
+        row_sums [sum of N R] and col_sums [sum of N C] of grad^2, of the factored ones; weight_squares [P] float64.
     """
-    return torch.ops.glam.adafactor_sums(grad, weight, factored)
+    return torch.ops.glam.adafactor_sums(grads, weights, factored)
 
 
 def adafactor_stats_(
-    row_var: Tensor,
-    col_var: Tensor | None,
-    grad: Tensor,
+    row_vars: Sequence[Tensor],
+    col_vars: Sequence[Tensor],
+    grads: Sequence[Tensor],
     row_sums: Tensor,
     col_sums: Tensor,
     step: Tensor,
     skip: Tensor | None,
-    num_rows: int,
-    num_cols: int,
+    num_rows: Sequence[int],
+    num_cols: Sequence[int],
     decay: float = -0.8,
     eps: float = 1e-30,
 ) -> tuple[Tensor, Tensor]:
     """Moves the second moments by the sums: rho = 1 - (step + 1)^decay of the old, 1 - rho of mean(grad^2) + eps.
 
     Args:
-        row_var, col_var: [..., R] and [..., C]; or the full variance and None.
+        row_vars, col_vars: [..., R] and [..., C]; or the full variance and [0] of a parameter that is not factored.
         step: [] int64, updates applied before.
         skip: [] bool or None; where it is true nothing changes.
-        num_rows, num_cols: R and C of the whole parameter (1 and 1 if not factored).
+        num_rows, num_cols: R and C of the whole parameters; not read of those that are not factored.
 
     Returns:
-        row_totals [N], the sums of row_var, and scaled_squares [N], those of grad^2 / (row_var col_var), float64, for
-        the N matrices; not factored: [1], 1 and the sum of grad^2 / variance.
+        row_means, the sums of row_var / num_rows, and scaled_squares, those of grad^2 / (row_var col_var), of each
+        matrix: [sum of N] float64. A parameter that is not factored has one, 1 and the sum of grad^2 / variance.
     """
     return torch.ops.glam.adafactor_stats_(
-        row_var, col_var, grad, row_sums, col_sums, step, skip, num_rows, num_cols, decay, eps
+        row_vars, col_vars, grads, row_sums, col_sums, step, skip, num_rows, num_cols, decay, eps
     )
 
 
+def adafactor_update_squares(row_means: Tensor, scaled_squares: Tensor, num_matrices: Sequence[int]) -> Tensor:
+    """The sum of row_means * scaled_squares over each parameter's matrices: [P] float64.
+
+    Args:
+        num_matrices: N of each parameter, 1 if it is not factored.
+    """
+    return torch.ops.glam.adafactor_update_squares(row_means, scaled_squares, num_matrices)
+
+
 def adafactor_apply_(
-    weight: Tensor,
-    grad: Tensor,
-    row_var: Tensor,
-    col_var: Tensor | None,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    row_vars: Sequence[Tensor],
+    col_vars: Sequence[Tensor],
     row_means: Tensor,
     weight_squares: Tensor,
     update_squares: Tensor,
     lr: Tensor,
     skip: Tensor | None,
-    num_elements: int,
+    num_elements: Sequence[int],
     clipping: float = 1.0,
     min_scale: float = 1e-3,
 ) -> None:
     """weight -= lr * max(RMS(weight), min_scale) * u / max(1, RMS(u) / clipping), u being grad over its root moments.
 
     Args:
-        row_means: [N] float64, row_totals / num_rows.
-        weight_squares, update_squares: [] float64; the latter is the sum of row_means * scaled_squares.
+        row_means, weight_squares, update_squares: from the ops before, summed over shards.
         lr: scalar tensor.
         skip: as above.
-        num_elements: of the whole parameter.
+        num_elements: of the whole parameters.
     """
     torch.ops.glam.adafactor_apply_(
-        weight,
-        grad,
-        row_var,
-        col_var,
+        weights,
+        grads,
+        row_vars,
+        col_vars,
         row_means,
         weight_squares,
         update_squares,
@@ -499,9 +512,9 @@ def adafactor_apply_(
     )
 
 
-def squared_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of x^2 as float64 [] in a fixed order, and bool []: some square is infinite or NaN in its dtype.
+def squared_norm(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each of P tensors the sum of x^2, [P] float64, and whether some square is infinite or NaN, [P] bool.
 
-    bfloat16 is squared in float32.
+    Sums have a fixed order. Dtypes may differ; float16 and bfloat16 are squared in float32.
     """
-    return torch.ops.glam.squared_norm(x)
+    return torch.ops.glam.squared_norm(xs)

@@ -102,20 +102,20 @@ def gradient_statistics(parameters: Iterable[Tensor], shards: Shards | None = No
     With `shards` they are those of the whole parameters, each counted once, and the same bits on every rank; the ranks
     of the groups must all make the call.
     """
-    parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+    by_groups: dict[tuple[str, ...], list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        groups = tuple(shard.group for shard in (shards or {}).get(parameter, ()))
-        squares, bad = torch.ops.glam.squared_norm(parameter.grad)
-        known = parts.get(groups)
-        parts[groups] = (squares, bad) if known is None else (known[0] + squares, known[1] | bad)
-    if not parts:
+        if parameter.grad is not None:
+            groups = tuple(shard.group for shard in (shards or {}).get(parameter, ()))
+            by_groups.setdefault(groups, []).append(parameter.grad)
+    if not by_groups:
         return GradientStatistics(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool))
-    vectors = [(torch.stack([squares, bad.double()]), groups) for groups, (squares, bad) in parts.items()]
-    _sum_over_groups(vectors)
-    squares, bad = vectors[0][0].unbind()
-    for more, _ in vectors[1:]:
+    grads = [grad for some in by_groups.values() for grad in some]
+    counts = [len(some) for some in by_groups.values()]
+    parts = zip(*(found.split(counts) for found in torch.ops.glam.squared_norm(grads)), strict=True)
+    vectors = [torch.stack([torch.ops.glam.ordered_sum(squares), bad.any().double()]) for squares, bad in parts]
+    _sum_over_groups(zip(vectors, by_groups, strict=True))
+    squares, bad = vectors[0].unbind()
+    for more in vectors[1:]:
         squares, bad = squares + more[0], bad + more[1]
     return GradientStatistics(squares.sqrt(), bad != 0)
 
@@ -149,14 +149,17 @@ class _Update(NamedTuple):
 
     parameter: Tensor
     grad: Tensor
-    row_var: Tensor  # the variance if col_var is none
-    col_var: Tensor | None
+    row_var: Tensor  # the variance if not factored
+    col_var: Tensor  # [0] if not factored
+    factored: bool
     num_rows: int  # of the whole parameter, as num_cols and num_elements
     num_cols: int
     num_elements: int
-    groups: list[str]  # that hold parts of it, and those whose parts split the columns or the rows
+    num_matrices: int
+    groups: list[str]  # that hold parts of it, and those whose parts split columns, rows, or neither
     column_groups: list[str]
     row_groups: list[str]
+    matrix_groups: list[str]
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -305,47 +308,54 @@ class Adafactor(torch.optim.Optimizer):
         return len(shape) >= 2 and min(shape[-2:]) >= min_factored
 
     def _update(self, group: dict[str, Any], count: Tensor, lr: Tensor, skip: Tensor | None) -> None:
-        """All parameters of a group, pass by pass, so that the sums over shards travel together."""
-        updates = [self._begin(parameter, group) for parameter in group["params"] if parameter.grad is not None]
+        """All parameters of a group, by dtype, as the ops take them."""
+        by_dtype: dict[torch.dtype, list[_Update]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.dtype, []).append(self._begin(parameter, group))
+        for updates in by_dtype.values():
+            self._update_list(updates, group, count, lr, skip)
+
+    def _update_list(
+        self, updates: list[_Update], group: dict[str, Any], count: Tensor, lr: Tensor, skip: Tensor | None
+    ) -> None:
+        """Pass by pass over all parameters; between the passes the sums over shards travel together."""
         ops = torch.ops.glam
-        sums = [ops.adafactor_sums(update.grad, update.parameter, update.col_var is not None) for update in updates]
+        weights, grads = [x.parameter for x in updates], [x.grad for x in updates]
+        row_vars, col_vars = [x.row_var for x in updates], [x.col_var for x in updates]
+        matrices, elements = [x.num_matrices for x in updates], [x.num_elements for x in updates]
+
+        def parts(
+            results: Tensor, lengths: list[int], groups: Callable[[_Update], Sequence[str]]
+        ) -> Iterable[tuple[Tensor, Sequence[str]]]:
+            """Each parameter's part of what an op returned for all, with the groups over which to sum it."""
+            return zip(results.split(lengths), map(groups, updates), strict=True) if self.shards else ()
+
+        row_sums, col_sums, weight_squares = ops.adafactor_sums(grads, weights, [x.factored for x in updates])
+        rows, columns = [x.row_var.numel() if x.factored else 0 for x in updates], [x.col_var.numel() for x in updates]
         _sum_over_groups(
-            item
-            for update, (row_sums, col_sums, weight_squares) in zip(updates, sums, strict=True)
-            for item in (
-                (weight_squares, update.groups),
-                (row_sums, update.column_groups),
-                (col_sums, update.row_groups),
-            )
+            [
+                *parts(weight_squares, [1] * len(updates), lambda x: x.groups),
+                *parts(row_sums, rows, lambda x: x.column_groups),
+                *parts(col_sums, columns, lambda x: x.row_groups),
+            ]
         )
-        totals = [
-            ops.adafactor_stats_(
-                update.row_var, update.col_var, update.grad, row_sums, col_sums, count, skip,
-                update.num_rows, update.num_cols, group["decay"], group["eps"],
-            )
-            for update, (row_sums, col_sums, _) in zip(updates, sums, strict=True)
-        ]  # fmt: skip
+        row_means, scaled_squares = ops.adafactor_stats_(
+            row_vars, col_vars, grads, row_sums, col_sums, count, skip,
+            [x.num_rows for x in updates], [x.num_cols for x in updates], group["decay"], group["eps"],
+        )  # fmt: skip
         _sum_over_groups(
-            item
-            for update, (row_totals, scaled_squares) in zip(updates, totals, strict=True)
-            for item in (
-                (scaled_squares, update.column_groups + update.row_groups),
-                (row_totals, update.row_groups),
-            )
+            [
+                *parts(scaled_squares, matrices, lambda x: x.column_groups + x.row_groups),
+                *parts(row_means, matrices, lambda x: x.row_groups),
+            ]
         )
-        row_means = [row_totals / update.num_rows for update, (row_totals, _) in zip(updates, totals, strict=True)]
-        squares = [(means * scaled).sum() for means, (_, scaled) in zip(row_means, totals, strict=True)]
-        _sum_over_groups(
-            (update_squares, [name for name in update.groups if name not in update.column_groups + update.row_groups])
-            for update, update_squares in zip(updates, squares, strict=True)
-        )
-        for update, (_, _, weight_squares), means, update_squares in zip(
-            updates, sums, row_means, squares, strict=True
-        ):
-            ops.adafactor_apply_(
-                update.parameter, update.grad, update.row_var, update.col_var, means, weight_squares, update_squares,
-                lr, skip, update.num_elements, group["clipping"], group["min_scale"],
-            )  # fmt: skip
+        update_squares = ops.adafactor_update_squares(row_means, scaled_squares, matrices)
+        _sum_over_groups(parts(update_squares, [1] * len(updates), lambda x: x.matrix_groups))
+        ops.adafactor_apply_(
+            weights, grads, row_vars, col_vars, row_means, weight_squares, update_squares, lr, skip, elements,
+            group["clipping"], group["min_scale"],
+        )  # fmt: skip
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> _Update:
         grad = parameter.grad
@@ -357,15 +367,26 @@ class Adafactor(torch.optim.Optimizer):
             for key, shape in self._state_shapes(parameter, group["min_factored"]).items():
                 state[key] = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         factored = "col_var" in state
-        row_var, col_var = (state["row_var"], state["col_var"]) if factored else (state["variance"], None)
+        row_var = state["row_var"] if factored else state["variance"]
+        col_var = state["col_var"] if factored else parameter.new_empty(0)
         whole = self._whole_shape(parameter)
         num_rows, num_cols = whole[-2:] if factored else (1, 1)
         shards = self.shards.get(parameter, ())
 
-        def groups(*dims: int) -> list[str]:
-            return [shard.group for shard in shards if factored and shard.dim in dims]
-
+        split = {dim: [shard.group for shard in shards if factored and shard.dim == dim] for dim in (-1, -2)}
         every = [shard.group for shard in shards]
         return _Update(
-            parameter, grad, row_var, col_var, num_rows, num_cols, math.prod(whole), every, groups(-1), groups(-2)
+            parameter=parameter,
+            grad=grad,
+            row_var=row_var,
+            col_var=col_var,
+            factored=factored,
+            num_rows=num_rows,
+            num_cols=num_cols,
+            num_elements=math.prod(whole),
+            num_matrices=math.prod(parameter.shape[:-2]) if factored else 1,
+            groups=every,
+            column_groups=split[-1],
+            row_groups=split[-2],
+            matrix_groups=[name for name in every if name not in split[-1] + split[-2]],
         )

@@ -4,129 +4,177 @@
 #include "cuda/kernels/adafactor.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <limits>
+#include <vector>
 
 #include "cuda/common.h"
+#include "ops/adafactor.h"
 #include "ops/checks.h"
 
 namespace glam::cuda {
 namespace {
 
-MatrixShape shape_of(const Tensor& x) {
-  MatrixShape shape{.N = 1, .R = x.size(-2), .C = x.size(-1)};
-  for (int64_t i = 0; i + 2 < x.dim(); ++i) shape.N *= x.size(i);
-  return shape;
-}
-
 Tensor bytes(int64_t count, const Tensor& like) { return at::empty({count}, like.options().dtype(at::kByte)); }
+Tensor doubles(int64_t count, const Tensor& like) { return at::empty({count}, like.options().dtype(at::kDouble)); }
 
-double* doubles(const Tensor& x) { return x.mutable_data_ptr<double>(); }
+double* pointer(const Tensor& x) { return x.mutable_data_ptr<double>(); }
 const bool* flag(const OptionalTensor& skip) { return skip ? skip->const_data_ptr<bool>() : nullptr; }
 
-// What the CPU kernels read on the host must live beside the parameter here.
+// What the CPU kernels read on the host must live beside the parameters here.
 void check_devices(const char* op, const Tensor& grad, std::initializer_list<OptionalTensor> others) {
   for (const OptionalTensor& other : others) {
     if (other) check_same_device(op, *other, grad);
   }
 }
 
-std::tuple<Tensor, Tensor> squares(const Tensor& x_) {
-  checks::squared_norm(x_);
-  const OnDevice device(x_);
-  const Tensor x = x_.contiguous();
-  const Tensor sum = at::empty({}, x.options().dtype(at::kDouble));
-  const Tensor nonfinite = at::empty({}, x.options().dtype(at::kBool));
-  const Tensor partial = bytes(squared_norm_partial_bytes(x.numel()), x);
-  squared_norm(data(x), type_of(x), x.numel(), mutable_data(partial), doubles(sum), nonfinite.mutable_data_ptr<bool>(),
-               device.stream());
-  return {sum, nonfinite};
+std::vector<Tensor> contiguous(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(tensor.contiguous());
+  return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& grad_, const Tensor& weight_, bool factored) {
-  checks::adafactor_sums(grad_, weight_, factored);
-  const auto options = grad_.options();
-  if (!factored) return {at::empty({0}, options), at::empty({0}, options), std::get<0>(squares(weight_))};
-  const OnDevice device(grad_);
-  const Tensor grad = grad_.contiguous(), weight = weight_.contiguous();
-  const MatrixShape shape = shape_of(grad);
-  auto sizes = grad.sizes().slice(0, grad.dim() - 1).vec();
-  if (grad.numel() == 0) {
-    const Tensor row_sums = at::zeros(sizes, options);
-    sizes.back() = shape.C;
-    return {row_sums, at::zeros(sizes, options), at::zeros({}, options.dtype(at::kDouble))};
+std::vector<InPlace> in_place(at::TensorList tensors) { return {tensors.begin(), tensors.end()}; }
+void finish(const std::vector<InPlace>& tensors) {
+  for (const InPlace& tensor : tensors) tensor.finish();
+}
+
+// The list as the kernels take it, without its arrays.
+std::vector<AdafactorParameter> parameters_of(const char* op, const std::vector<ParameterShape>& shapes) {
+  std::vector<AdafactorParameter> parameters;
+  for (const ParameterShape& shape : shapes) {
+    constexpr int64_t most = std::numeric_limits<int>::max();
+    TORCH_CHECK(!shape.factored || std::max({shape.N, shape.R, shape.C}) <= most, op,
+                ": expected [..., R, C] to be at most ", most, " matrices, rows and columns to be factored, got ",
+                shape.N, ", ", shape.R, " and ", shape.C);
+    parameters.push_back({.factored = shape.factored,
+                          .N = shape.N,
+                          .R = shape.R,
+                          .C = shape.C,
+                          .rows = shape.rows,
+                          .columns = shape.columns,
+                          .matrices = shape.matrices});
   }
-  const Tensor row_sums = at::empty(sizes, options);
-  sizes.back() = shape.C;
-  const Tensor col_sums = at::empty(sizes, options), squares = at::empty({}, options.dtype(at::kDouble));
-  const Tensor partial = bytes(adafactor_sums_partial_bytes(shape, type_of(grad)), grad);
-  adafactor_sums(data(grad), data(weight), type_of(grad), shape, mutable_data(partial), mutable_data(row_sums),
-                 mutable_data(col_sums), doubles(squares), device.stream());
-  return {row_sums, col_sums, squares};
+  return parameters;
 }
 
-std::tuple<Tensor, Tensor> stats_(Tensor& row_var_, const OptionalTensor& col_var_, const Tensor& grad_,
-                                  const Tensor& row_sums, const Tensor& col_sums, const Tensor& step,
-                                  const OptionalTensor& skip, int64_t num_rows, int64_t num_cols, double decay_power,
-                                  double eps) {
-  checks::adafactor_stats(row_var_, col_var_, grad_, row_sums, col_sums, step, skip);
-  check_devices("glam::adafactor_stats_", grad_, {row_var_, col_var_, row_sums, col_sums, step, skip});
-  const OnDevice device(grad_);
-  const Tensor grad = grad_.contiguous();
-  const auto options = grad.options().dtype(at::kDouble);
-  const MatrixShape shape = col_var_ ? shape_of(grad) : MatrixShape{1, 1, grad.numel()};
-  if (grad.numel() == 0) return {at::ones({shape.N}, options), at::zeros({shape.N}, options)};
-  const Tensor row_totals = at::empty({shape.N}, options), scaled_squares = at::empty({shape.N}, options);
+std::tuple<Tensor, Tensor> squares(at::TensorList xs_) {
+  checks::squared_norm(xs_);
+  const OnDevice device(xs_[0]);
+  const auto xs = contiguous(xs_);
+  std::vector<Array> arrays;
+  for (const Tensor& x : xs) arrays.push_back({data(x), type_of(x), x.numel()});
+  const auto count = static_cast<int64_t>(xs.size());
+  const Tensor sums = doubles(count, xs[0]), nonfinite = at::empty({count}, xs[0].options().dtype(at::kBool));
+  const Tensor partial = bytes(squared_norm_partial_bytes(arrays), xs[0]);
+  squared_norm(arrays, mutable_data(partial), pointer(sums), nonfinite.mutable_data_ptr<bool>(), device.stream());
+  return {sums, nonfinite};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sums(at::TensorList grads_, at::TensorList weights_,
+                                        const c10::List<bool>& factored) {
+  constexpr auto op = "glam::adafactor_sums";
+  checks::adafactor_sums(grads_, weights_, factored.vec());
+  const OnDevice device(grads_[0]);
+  const auto grads = contiguous(grads_), weights = contiguous(weights_);
+  auto parameters = parameters_of(op, parameter_shapes(grads, factored.vec()));
+  int64_t rows = 0, columns = 0;
+  bool any_empty = false;  // which has sums of no elements
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    AdafactorParameter& parameter = parameters[i];
+    parameter.grad = data(grads[i]);
+    parameter.weight = mutable_data(weights[i]);
+    any_empty = any_empty || parameter.numel() == 0;
+    if (!parameter.factored) continue;
+    rows += parameter.N * parameter.R;
+    columns += parameter.N * parameter.C;
+  }
+  const auto make = any_empty ? [](int64_t length, const Tensor& like) { return at::zeros({length}, like.options()); }
+                              : [](int64_t length, const Tensor& like) { return at::empty({length}, like.options()); };
+  const Tensor row_sums = make(rows, grads[0]), col_sums = make(columns, grads[0]);
+  const Tensor weight_squares = doubles(static_cast<int64_t>(grads.size()), grads[0]);
+  const Type type = type_of(grads[0]);
+  const Tensor partial = bytes(adafactor_sums_partial_bytes(parameters, type), grads[0]);
+  adafactor_sums(parameters, type, mutable_data(partial), mutable_data(row_sums), mutable_data(col_sums),
+                 pointer(weight_squares), device.stream());
+  return {row_sums, col_sums, weight_squares};
+}
+
+std::tuple<Tensor, Tensor> stats_(at::TensorList row_vars_, at::TensorList col_vars_, at::TensorList grads_,
+                                  const Tensor& row_sums_, const Tensor& col_sums_, const Tensor& step,
+                                  const OptionalTensor& skip, at::IntArrayRef num_rows, at::IntArrayRef num_cols,
+                                  double decay_power, double eps) {
+  constexpr auto op = "glam::adafactor_stats_";
+  checks::adafactor_stats(row_vars_, col_vars_, grads_, row_sums_, col_sums_, step, skip, num_rows.size(),
+                          num_cols.size());
+  check_devices(op, grads_[0], {row_sums_, col_sums_, step, skip});
+  const OnDevice device(grads_[0]);
+  const auto grads = contiguous(grads_);
+  const auto row_vars = in_place(row_vars_), col_vars = in_place(col_vars_);
+  const Tensor row_sums = row_sums_.contiguous(), col_sums = col_sums_.contiguous();
+  auto parameters = parameters_of(op, parameter_shapes(grads, row_vars_));
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    parameters[i].grad = data(grads[i]);
+    parameters[i].row_var = row_vars[i].data();
+    parameters[i].col_var = col_vars[i].data();
+    parameters[i].num_rows = num_rows[i];
+    parameters[i].num_cols = num_cols[i];
+  }
+  const int64_t matrices = parameters.back().matrices + parameters.back().N;
+  const Tensor row_means = doubles(matrices, grads[0]), scaled_squares = doubles(matrices, grads[0]);
   const AdafactorDecay decay{
       .step = step.const_data_ptr<int64_t>(), .skip = flag(skip), .decay = decay_power, .eps = eps};
-  const InPlace row_var(row_var_);
-  if (col_var_) {
-    const InPlace col_var(*col_var_);
-    const Tensor rows = row_sums.contiguous(), columns = col_sums.contiguous();
-    const Tensor partial = bytes(adafactor_stats_partial_bytes(shape), grad);
-    adafactor_stats(data(grad), type_of(grad), shape, data(rows), data(columns), num_rows, num_cols, decay,
-                    row_var.data(), col_var.data(), mutable_data(partial), doubles(row_totals), doubles(scaled_squares),
-                    device.stream());
-    col_var.finish();
-  } else {
-    const Tensor partial = bytes(adafactor_variance_partial_bytes(grad.numel()), grad);
-    adafactor_variance(data(grad), type_of(grad), grad.numel(), decay, row_var.data(), mutable_data(partial),
-                       doubles(row_totals), doubles(scaled_squares), device.stream());
-  }
-  row_var.finish();
-  return {row_totals, scaled_squares};
+  const Type type = type_of(grads[0]);
+  const Tensor partial = bytes(adafactor_stats_partial_bytes(parameters, type), grads[0]);
+  adafactor_stats(parameters, type, data(row_sums), data(col_sums), decay, mutable_data(partial), pointer(row_means),
+                  pointer(scaled_squares), device.stream());
+  finish(row_vars);
+  finish(col_vars);
+  return {row_means, scaled_squares};
 }
 
-void apply_(Tensor& weight_, const Tensor& grad_, const Tensor& row_var_, const OptionalTensor& col_var_,
-            const Tensor& row_means_, const Tensor& weight_squares, const Tensor& update_squares, const Tensor& lr_,
-            const OptionalTensor& skip, int64_t num_elements, double clipping, double min_scale) {
-  checks::adafactor_apply(weight_, grad_, row_var_, col_var_, row_means_, weight_squares, update_squares, lr_, skip);
-  check_devices("glam::adafactor_apply_", grad_,
-                {weight_, row_var_, col_var_, row_means_, weight_squares, update_squares, lr_, skip});
-  if (weight_.numel() == 0) return;
-  const OnDevice device(weight_);
-  const Tensor grad = grad_.contiguous(), row_var = row_var_.contiguous(), row_means = row_means_.contiguous();
-  const Tensor lr = lr_.to(at::kDouble);
+Tensor update_squares(const Tensor& row_means_, const Tensor& scaled_squares_, at::IntArrayRef num_matrices) {
+  checks::adafactor_update_squares(row_means_, scaled_squares_, c10::fromIntArrayRefSlow(num_matrices));
+  const OnDevice device(row_means_);
+  const Tensor row_means = row_means_.contiguous(), scaled_squares = scaled_squares_.contiguous();
+  const Tensor squares = doubles(static_cast<int64_t>(num_matrices.size()), row_means);
+  adafactor_update_squares(row_means.const_data_ptr<double>(), scaled_squares.const_data_ptr<double>(),
+                           {num_matrices.data(), num_matrices.size()}, pointer(squares), device.stream());
+  return squares;
+}
+
+void apply_(at::TensorList weights_, at::TensorList grads_, at::TensorList row_vars_, at::TensorList col_vars_,
+            const Tensor& row_means_, const Tensor& weight_squares_, const Tensor& update_squares_, const Tensor& lr_,
+            const OptionalTensor& skip, at::IntArrayRef num_elements, double clipping, double min_scale) {
+  constexpr auto op = "glam::adafactor_apply_";
+  checks::adafactor_apply(weights_, grads_, row_vars_, col_vars_, row_means_, weight_squares_, update_squares_, lr_,
+                          skip, num_elements.size());
+  check_devices(op, grads_[0], {row_means_, weight_squares_, update_squares_, lr_, skip});
+  const OnDevice device(grads_[0]);
+  const auto grads = contiguous(grads_), row_vars = contiguous(row_vars_), col_vars = contiguous(col_vars_);
+  const auto weights = in_place(weights_);
+  auto parameters = parameters_of(op, parameter_shapes(grads, row_vars_));
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    parameters[i].grad = data(grads[i]);
+    parameters[i].weight = weights[i].data();
+    parameters[i].row_var = mutable_data(row_vars[i]);
+    parameters[i].col_var = mutable_data(col_vars[i]);
+    parameters[i].num_elements = num_elements[i];
+  }
+  const Tensor row_means = row_means_.contiguous(), weight_squares = weight_squares_.contiguous();
+  const Tensor update_squares = update_squares_.contiguous(), lr = lr_.to(at::kDouble);
   const AdafactorUpdate update{.row_means = row_means.const_data_ptr<double>(),
                                .weight_squares = weight_squares.const_data_ptr<double>(),
                                .update_squares = update_squares.const_data_ptr<double>(),
                                .lr = lr.const_data_ptr<double>(),
                                .skip = flag(skip),
-                               .num_elements = num_elements,
                                .clipping = clipping,
                                .min_scale = min_scale};
-  const InPlace weight(weight_);
-  if (col_var_) {
-    const Tensor col_var = col_var_->contiguous();
-    adafactor_apply_matrix(weight.data(), data(grad), type_of(grad), shape_of(grad), data(row_var), data(col_var),
-                           update, device.stream());
-  } else {
-    adafactor_apply_elements(weight.data(), data(grad), data(row_var), type_of(grad), grad.numel(), update,
-                             device.stream());
-  }
-  weight.finish();
+  adafactor_apply(parameters, type_of(grads[0]), update, device.stream());
+  finish(weights);
 }
 
 }  // namespace
@@ -134,6 +182,7 @@ void apply_(Tensor& weight_, const Tensor& grad_, const Tensor& row_var_, const 
 TORCH_LIBRARY_IMPL(glam, GLAM_CUDA_KEY, m) {
   m.impl("adafactor_sums", sums);
   m.impl("adafactor_stats_", stats_);
+  m.impl("adafactor_update_squares", update_squares);
   m.impl("adafactor_apply_", apply_);
   m.impl("squared_norm", squares);
 }

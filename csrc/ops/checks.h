@@ -26,12 +26,15 @@ void relative_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
 void reorder_cache(const Tensor& cache, const Tensor& beams);
 void sample_logits(const Tensor& logits, const Tensor& uniform, double temperature, int64_t top_k, double top_p);
 void counter_uniform(const Tensor& index);
-void adafactor_sums(const Tensor& grad, const Tensor& weight, bool factored);
-void adafactor_stats(const Tensor& row_var, const OptionalTensor& col_var, const Tensor& grad, const Tensor& row_sums,
-                     const Tensor& col_sums, const Tensor& step, const OptionalTensor& skip);
-void adafactor_apply(const Tensor& weight, const Tensor& grad, const Tensor& row_var, const OptionalTensor& col_var,
+// num_rows, num_cols and num_elements are the lengths of those lists.
+void adafactor_sums(at::TensorList grads, at::TensorList weights, const std::vector<bool>& factored);
+void adafactor_stats(at::TensorList row_vars, at::TensorList col_vars, at::TensorList grads, const Tensor& row_sums,
+                     const Tensor& col_sums, const Tensor& step, const OptionalTensor& skip, size_t num_rows,
+                     size_t num_cols);
+void adafactor_update_squares(const Tensor& row_means, const Tensor& scaled_squares, c10::SymIntArrayRef num_matrices);
+void adafactor_apply(at::TensorList weights, at::TensorList grads, at::TensorList row_vars, at::TensorList col_vars,
                      const Tensor& row_means, const Tensor& weight_squares, const Tensor& update_squares,
-                     const Tensor& lr, const OptionalTensor& skip);
-void squared_norm(const Tensor& x);
+                     const Tensor& lr, const OptionalTensor& skip, size_t num_elements);
+void squared_norm(at::TensorList xs);
 
 }  // namespace glam::checks

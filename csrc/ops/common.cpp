@@ -78,14 +78,27 @@ void refuse_double_backward_kernel(const c10::OperatorHandle& op, c10::DispatchK
     stack->emplace_back(output);
 }
 
-void not_differentiable_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+// The tensors that the call mutates, alone or in lists, each with its argument's name.
+std::vector<std::pair<Tensor, std::string_view>> mutated_tensors(const c10::OperatorHandle& op,
+                                                                 const torch::jit::Stack& stack) {
   const auto& arguments = op.schema().arguments();
-  const size_t first = stack->size() - arguments.size();
+  const size_t first = stack.size() - arguments.size();
+  std::vector<std::pair<Tensor, std::string_view>> mutated;
   for (size_t i = 0; i < arguments.size(); ++i) {
-    const auto& value = (*stack)[first + i];
-    if (!arguments[i].alias_info() || !value.isTensor()) continue;
-    TORCH_CHECK(!at::GradMode::is_enabled() || !value.toTensor().requires_grad(), op_name(op), ": expected ",
-                arguments[i].name(), " not to require grad, or the call to be under torch.no_grad(); it is mutated");
+    const auto& value = stack[first + i];
+    const auto* alias = arguments[i].alias_info();
+    if (!alias || !alias->isWrite()) continue;
+    if (value.isTensor()) mutated.emplace_back(value.toTensor(), arguments[i].name());
+    if (!value.isTensorList()) continue;
+    for (const Tensor& tensor : value.toTensorVector()) mutated.emplace_back(tensor, arguments[i].name());
+  }
+  return mutated;
+}
+
+void not_differentiable_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const auto& [tensor, name] : mutated_tensors(op, *stack)) {
+    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor.requires_grad(), op_name(op), ": expected ", name,
+                " not to require grad, or the call to be under torch.no_grad(); it is mutated");
   }
   // Mutated arguments still pass the ADInplaceOrView key, which bumps their versions.
   at::AutoDispatchBelowAutograd guard;
@@ -93,16 +106,9 @@ void not_differentiable_kernel(const c10::OperatorHandle& op, c10::DispatchKeySe
 }
 
 void bump_mutated_versions_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  const auto& arguments = op.schema().arguments();
-  const size_t first = stack->size() - arguments.size();
-  std::vector<Tensor> mutated;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const auto& value = (*stack)[first + i];
-    const auto* alias = arguments[i].alias_info();
-    if (alias && alias->isWrite() && value.isTensor()) mutated.push_back(value.toTensor());
-  }
+  const auto mutated = mutated_tensors(op, *stack);
   run_below_autograd(op, keys, stack);
-  for (const Tensor& tensor : mutated) tensor.unsafeGetTensorImpl()->bump_version();
+  for (const auto& [tensor, name] : mutated) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 void autocast_to_float32_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {

@@ -16,24 +16,31 @@ GradientStatistics gradient_statistics(const NamedTensors& parameters, const Sha
   TORCH_CHECK(!parameters.empty(), "glam::optim::gradient_statistics: expected at least one parameter, got none");
   const at::NoGradGuard no_grad;
   const auto options = parameters[0].second.options().dtype(at::kDouble).requires_grad(false);
-  // By the groups that share a parameter: the squares' sum and whether one is not finite.
-  std::map<std::vector<std::string>, at::Tensor> parts;
+  // By the groups that share a parameter, one set of groups behind the other.
+  std::map<std::vector<std::string>, std::vector<at::Tensor>> by_groups;
   for (const auto& [name, parameter] : parameters) {
     if (!parameter.grad().defined()) continue;
     std::vector<std::string> groups;
     if (const auto found = shards.find(name); found != shards.end()) {
       for (const Shard& shard : found->second) groups.push_back(shard.group);
     }
-    const auto [sum, bad] = squared_norm(parameter.grad());
-    const at::Tensor part = at::stack({sum, bad.to(at::kDouble)});
-    const auto [known, is_new] = parts.emplace(groups, part);
-    if (!is_new) known->second.add_(part);
+    by_groups[groups].push_back(parameter.grad());
   }
-  std::vector<GroupSum> sums;
-  for (const auto& [groups, part] : parts) sums.push_back({part, groups});
-  sum_over_groups(sums);
+  std::vector<at::Tensor> grads;
+  for (const auto& [groups, some] : by_groups) grads.insert(grads.end(), some.begin(), some.end());
   at::Tensor total = at::zeros({2}, options);
-  for (const auto& [groups, part] : parts) total = total + part;
+  if (grads.empty()) return {total[0], total[1] != 0};
+  const auto [squares, bad] = squared_norm(grads);
+  std::vector<GroupSum> sums;
+  int64_t begin = 0;
+  for (const auto& [groups, some] : by_groups) {
+    const auto count = static_cast<int64_t>(some.size());
+    const at::Tensor not_finite = bad.narrow(0, begin, count).any().to(at::kDouble);
+    sums.push_back({at::stack({ordered_sum(squares.narrow(0, begin, count)), not_finite}), groups});
+    begin += count;
+  }
+  sum_over_groups(sums);
+  for (const auto& [part, groups] : sums) total = total + part;
   return {total[0].sqrt(), total[1] != 0};
 }
 

@@ -267,47 +267,66 @@ Results embeddings(Type type, int64_t D) {
   return results;
 }
 
+// Two factored parameters, whose rows are vectors and are not, one that is not factored, and one without elements; often
+// enough for two launches.
 Results adafactor(Type type) {
-  const MatrixShape shape{2, 70, 150};
-  const int64_t count = shape.N * shape.R * shape.C, size = size_of(type);
-  Bytes weight = numbers(24, type, count), grad = numbers(25, type, count), plain_weight = weight;
-  Bytes row_sums = unwritten(shape.N * shape.R, size), col_sums = unwritten(shape.N * shape.C, size);
-  Bytes row_var = numbers(26, type, shape.N * shape.R, true), col_var = numbers(27, type, shape.N * shape.C, true);
-  Bytes variance = numbers(28, type, count, true);
+  struct Shape {
+    bool factored;
+    int64_t N, R, C;
+  };
+  std::vector<Shape> shapes = {{true, 2, 70, 152}, {false, 1, 1, 3001}, {true, 3, 2, 0}, {true, 1, 33, 9}};
+  shapes.resize(70, {true, 1, 3, 4});
+  std::vector<AdafactorParameter> parameters;
+  std::vector<Bytes> weights, grads, row_vars, col_vars;
+  std::vector<int64_t> num_matrices;
+  const auto P = static_cast<int64_t>(shapes.size()), size = size_of(type);
+  int64_t rows = 0, columns = 0, matrices = 0;
+  for (const auto& [factored, N, R, C] : shapes) {
+    const uint64_t seed = 24 + 4 * weights.size();
+    weights.push_back(numbers(seed, type, N * R * C));
+    grads.push_back(numbers(seed + 1, type, N * R * C));
+    row_vars.push_back(numbers(seed + 2, type, factored ? N * R : C, true));
+    col_vars.push_back(numbers(seed + 3, type, factored ? N * C : 0, true));
+    num_matrices.push_back(N);
+    parameters.push_back({factored, N, R, C, R, C, N * R * C, rows, columns, matrices, grads.back().data(),
+                          weights.back().data(), row_vars.back().data(), col_vars.back().data()});
+    rows += factored ? N * R : 0;
+    columns += factored ? N * C : 0;
+    matrices += N;
+  }
+  Bytes row_sums(rows * size, 0), col_sums(columns * size, 0), weight_squares = unwritten(P, 8);
   Bytes step = integers<int64_t>(29, 1, 3, 4), skip(1, 0), lr = numbers(30, Type::f64, 1, true);
-  Bytes totals = unwritten(shape.N, 8), squares = totals, plain_totals = unwritten(1, 8), plain_squares = plain_totals;
-  Bytes weight_squares = unwritten(1, 8);
-  Bytes first = unwritten(adafactor_sums_partial_bytes(shape, type), 1);
-  adafactor_sums(grad.data(), weight.data(), type, shape, first.data(), row_sums.data(), col_sums.data(),
-                 as<double>(weight_squares), nullptr);
+  Bytes row_means = unwritten(matrices, 8), scaled = row_means, update_squares = unwritten(P, 8);
+  Bytes first = unwritten(adafactor_sums_partial_bytes(parameters, type), 1);
+  adafactor_sums(parameters, type, first.data(), row_sums.data(), col_sums.data(), as<double>(weight_squares), nullptr);
   const AdafactorDecay decay{as<int64_t>(step), as<bool>(skip), -0.8, 1e-30};
-  Bytes second = unwritten(adafactor_stats_partial_bytes(shape), 1);
-  adafactor_stats(grad.data(), type, shape, row_sums.data(), col_sums.data(), shape.R, shape.C, decay, row_var.data(),
-                  col_var.data(), second.data(), as<double>(totals), as<double>(squares), nullptr);
-  Bytes third = unwritten(adafactor_variance_partial_bytes(count), 1);
-  adafactor_variance(grad.data(), type, count, decay, variance.data(), third.data(), as<double>(plain_totals),
-                     as<double>(plain_squares), nullptr);
-  const AdafactorUpdate update{as<double>(totals),
+  Bytes second = unwritten(adafactor_stats_partial_bytes(parameters, type), 1);
+  adafactor_stats(parameters, type, row_sums.data(), col_sums.data(), decay, second.data(), as<double>(row_means),
+                  as<double>(scaled), nullptr);
+  adafactor_update_squares(as<double>(row_means), as<double>(scaled), num_matrices, as<double>(update_squares),
+                           nullptr);
+  const AdafactorUpdate update{as<double>(row_means),
                                as<double>(weight_squares),
-                               as<double>(plain_squares),
+                               as<double>(update_squares),
                                as<double>(lr),
                                as<bool>(skip),
-                               count,
                                1.,
                                1e-3};
-  adafactor_apply_matrix(weight.data(), grad.data(), type, shape, row_var.data(), col_var.data(), update, nullptr);
-  adafactor_apply_elements(plain_weight.data(), grad.data(), variance.data(), type, count, update, nullptr);
+  adafactor_apply(parameters, type, update, nullptr);
   Results results;
-  results.add(row_sums, col_sums, weight_squares, row_var, col_var, totals, squares, variance, plain_squares, weight,
-              plain_weight);
+  results.add(row_sums, col_sums, weight_squares, row_means, scaled, update_squares);
+  for (const auto* bytes : {&weights, &row_vars, &col_vars}) {
+    for (const Bytes& array : *bytes) results.add(array);
+  }
   return results;
 }
 
 Results reductions(Type type, int64_t count) {
-  Bytes x = numbers(31, type, count), sum = unwritten(1, 8), nonfinite = unwritten(1, 1);
-  Bytes partial = unwritten(squared_norm_partial_bytes(count), 1), sums = unwritten(kSumPartials, 8);
+  Bytes x = numbers(31, type, count), sum = unwritten(3, 8), nonfinite = unwritten(3, 1);
+  const std::vector<Array> arrays = {{x.data(), type, count}, {x.data(), type, 0}, {x.data(), type, count / 2}};
+  Bytes partial = unwritten(squared_norm_partial_bytes(arrays), 1), sums = unwritten(kSumPartials, 8);
   Bytes total = unwritten(1, size_of(type)), counts = unwritten(5 + 6, 8);
-  squared_norm(x.data(), type, count, partial.data(), as<double>(sum), as<bool>(nonfinite), nullptr);
+  squared_norm(arrays, partial.data(), as<double>(sum), as<bool>(nonfinite), nullptr);
   ordered_sum(x.data(), type, count, as<double>(sums), total.data(), nullptr);
   Bytes ids = integers<int32_t>(32, 2 * count, 0, 5), positions = integers<int32_t>(33, 2 * count, -3, 4);
   router_statistics(as<int32_t>(ids), as<int32_t>(positions), count, 5, as<int64_t>(counts), nullptr);

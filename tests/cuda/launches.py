@@ -32,36 +32,40 @@ PLAN = ("row_of_choice", "choice_of_row", "offsets")
 # --- Ops without samples of their own
 
 
-def _adafactor(factored: bool) -> list[Sample]:
-    shape = (2, 33, 70)
-    name = "factored" if factored else "unfactored"
-    weight, grad = (randn(f"{name} {part}", *shape, dtype=torch.float32) for part in ("weight", "grad"))
-    row_var = uniform(name + "row", *(shape[:2] if factored else shape))
-    col_var = uniform(name + "column", shape[0], shape[2]) if factored else None
-    rows, columns = (shape[1], shape[2]) if factored else (1, 1)
-    row_sums, col_sums, squares = torch.ops.glam.adafactor_sums(grad, weight, factored)
+def _adafactor() -> dict[str, list[Sample]]:
+    """Of a list of 60 parameters, more than one launch takes."""
+    shapes = [((2, 33, 70), True), ((7,), False), ((3, 8), True)] * 20
+    factored = [flag for _, flag in shapes]
+    weights, grads = (
+        [randn(f"{part} {i}", *shape, dtype=torch.float32) for i, (shape, _) in enumerate(shapes)]
+        for part in ("weight", "grad")
+    )
+    row_vars = [uniform(f"row {i}", *(shape[:-1] if flag else shape)) for i, (shape, flag) in enumerate(shapes)]
+    col_vars = [uniform(f"column {i}", *(*x[:-2], x[-1]) if flag else (0,)) for i, (x, flag) in enumerate(shapes)]
+    sizes = [shape[-2:] if flag else (1, 1) for shape, flag in shapes]
+    row_sums, col_sums, squares = torch.ops.glam.adafactor_sums(grads, weights, factored)
     step, rate, skip = torch.tensor(3), torch.tensor(1e-2, dtype=torch.float64), torch.tensor(False)
-    stats = (row_var, col_var, grad, row_sums, col_sums, step, skip, rows, columns)
-    totals, update = torch.ops.glam.adafactor_stats_(*(x.clone() if isinstance(x, Tensor) else x for x in stats))
-    means = totals / rows
-    apply = (weight, grad, row_var, col_var, means, squares, (means * update).sum(), rate, skip, weight.numel())
-    return [
-        Sample(f"adafactor_sums {name}", (grad, weight, factored)),
-        Sample(f"adafactor_stats_ {name}", stats),
-        Sample(f"adafactor_apply_ {name}", apply),
-    ]
+    means, scaled, matrices = uniform("means", 80).double(), uniform("scaled", 80).double(), [2, 1, 1] * 20
+    states = (row_vars, col_vars, grads)
+    numels = [weight.numel() for weight in weights]
+    return {
+        "adafactor_sums": [Sample("many", (grads, weights, factored))],
+        "adafactor_stats_": [
+            Sample("many", (*states, row_sums, col_sums, step, skip, *map(list, zip(*sizes, strict=True))))
+        ],
+        "adafactor_update_squares": [Sample("many", (means, scaled, matrices))],
+        "adafactor_apply_": [
+            Sample("many", (weights, grads, row_vars, col_vars, means, squares, squares, rate, skip, numels))
+        ],
+    }
 
 
 def _other_samples() -> dict[str, list[Sample]]:
-    adafactor = [*_adafactor(True), *_adafactor(False)]
     ids, positions = routed("statistics", 40, 6)
     logits, numbers = randn("logits", 5, 70, dtype=torch.float32), uniform("numbers", 5)
     return {
-        **{
-            name: [sample for sample in adafactor if sample.name.startswith(name)]
-            for name in ("adafactor_sums", "adafactor_stats_", "adafactor_apply_")
-        },
-        "squared_norm": [Sample(str(n), (randn(f"{n}", n, dtype=torch.float32),)) for n in (3, 5000)],
+        **_adafactor(),
+        "squared_norm": [Sample("three", ([randn(f"{n}", n, dtype=torch.float32) for n in (3, 5000, 0)],))],
         "ordered_sum": [Sample(str(n), (randn(f"{n}", n, dtype=torch.float32),)) for n in (3, 5000)],
         "router_statistics": [Sample("small", (ids, positions, 6))],
         "counter_uniform": [Sample("small", (7, 3, randint("index", 1000, 5, 9)))],
@@ -73,8 +77,8 @@ def _other_samples() -> dict[str, list[Sample]]:
 
 
 OTHER = (
-    *("adafactor_sums", "adafactor_stats_", "adafactor_apply_", "squared_norm", "ordered_sum", "router_statistics"),
-    *("counter_uniform", "sample_logits"),
+    *("adafactor_sums", "adafactor_stats_", "adafactor_update_squares", "adafactor_apply_", "squared_norm"),
+    *("ordered_sum", "router_statistics", "counter_uniform", "sample_logits"),
 )
 OPS = (*(op.name for op in samples.OPS), *OTHER)
 
@@ -95,8 +99,10 @@ def cases(name: str) -> list[tuple[Op, str, Sample]]:
 # --- Other values of the same shapes
 
 
-def vary(value: Tensor, variant: str) -> Tensor:
-    if value.numel() == 0:
+def vary(value: Any, variant: str) -> Any:
+    if isinstance(value, list):
+        return [vary(part, variant) for part in value]
+    if not isinstance(value, Tensor) or value.numel() == 0:
         return value
     if variant == "not a number":
         return torch.full_like(value, torch.nan) if value.is_floating_point() else value
@@ -136,7 +142,7 @@ def other_values(op: Op, sample: Sample, variant: str) -> Args:
     names = [argument.name for argument in getattr(torch.ops.glam, op.name).default._schema.arguments]
     args = dict(zip(names, sample.args, strict=False))
     plan = {name: args[name] for name in PLAN if name in args}
-    varied = {name: vary(value, variant) for name, value in args.items() if isinstance(value, Tensor)}
+    varied = {name: vary(value, variant) for name, value in args.items()}
     if op.name == "exchange_mlp":
         varied |= plan  # its splits, which the host knows, agree with the segments
     elif plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -221,49 +220,6 @@ def test_versions_are_bumped() -> None:
     before = weight._version
     optim.Adafactor([weight]).step()
     assert weight._version > before
-
-
-def op_arguments(factored: bool) -> dict[str, tuple[Any, ...]]:
-    weight = parameter(3, 4, 5).detach()
-    grad = gradient(weight, 0)
-    sums = torch.ops.glam.adafactor_sums(grad, weight, factored)
-    state = (torch.ones(3, 4).double(), torch.ones(3, 5).double()) if factored else (torch.ones_like(weight), None)
-    count, skip = torch.tensor(2), torch.tensor(False)
-    means, scalar = torch.ones(3 if factored else 1).double(), torch.tensor(2.0).double()
-    return {
-        "adafactor_sums": (grad, weight, factored),
-        "adafactor_stats_": (*state, grad, sums[0], sums[1], count, skip, 4, 5),
-        "adafactor_apply_": (weight, grad, *state, means, sums[2], scalar, torch.tensor(0.1), skip, 60),
-        "squared_norm": (grad,),
-    }
-
-
-@pytest.mark.parametrize("factored", [True, False])
-@pytest.mark.parametrize("name", ["adafactor_sums", "adafactor_stats_", "adafactor_apply_", "squared_norm"])
-def test_opcheck(name: str, factored: bool) -> None:
-    torch.library.opcheck(getattr(torch.ops.glam, name).default, op_arguments(factored)[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "index", "value", "text"),
-    [
-        ("adafactor_sums", 0, torch.zeros(3, 4, 6).double(), "grad to be the shape of weight"),
-        ("adafactor_sums", 0, torch.zeros(3, 4, 5), "grad to have the dtype of weight"),
-        ("adafactor_sums", 1, torch.zeros(3, 4, 5).bfloat16(), "weight to be Float or Double"),
-        ("adafactor_stats_", 0, torch.zeros(3, 5).double(), r"row_var to be \[..., R\]"),
-        ("adafactor_stats_", 1, torch.zeros(3, 4).double(), r"col_var to be \[..., C\]"),
-        ("adafactor_stats_", 5, torch.zeros(1).long(), "step to be a scalar"),
-        ("adafactor_stats_", 6, torch.tensor(0), "skip to be Bool"),
-        ("adafactor_apply_", 4, torch.zeros(2).double(), r"row_means to be \[N\] = \[3\]"),
-        ("adafactor_apply_", 7, torch.zeros(2), "lr to be a scalar"),
-        ("squared_norm", 0, torch.zeros(2).long(), "x to be Double, Float or BFloat16"),
-    ],
-)
-def test_bad_input(name: str, index: int, value: Tensor, text: str) -> None:
-    arguments = list(op_arguments(True)[name])
-    arguments[index] = value
-    with pytest.raises(RuntimeError, match=f"glam::{name}: expected {text}"):
-        getattr(torch.ops.glam, name)(*arguments)
 
 
 def test_refused_optimisers() -> None:

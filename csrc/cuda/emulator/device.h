@@ -22,6 +22,7 @@
 #undef __host__
 #undef __constant__
 #undef __shared__
+#undef __grid_constant__
 #undef __launch_bounds__
 #undef __forceinline__
 #undef __noinline__
@@ -29,6 +30,7 @@
 #define __device__
 #define __host__
 #define __constant__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))

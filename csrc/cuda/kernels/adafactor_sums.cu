@@ -1,5 +1,7 @@
-// Sums of squares: of any tensor, and along the rows and columns of a gradient. Column sums stay in registers; row sums
-// go through the warps.
+// Sums of squares: of any arrays, and along the rows and columns of gradients. Column sums stay in registers; row sums
+// go through the lanes.
+
+#include <type_traits>
 
 #include "cuda/kernels/adafactor.cuh"
 
@@ -8,196 +10,293 @@ namespace {
 
 using namespace adafactor;
 
+// The sum of squares of this thread's elements; `overflow` stays 0 unless a square is infinite or NaN.
 template <bool aligned, class T>
-__global__ void __launch_bounds__(kThreads) squares_kernel(const T* x, int64_t count, double* partial_B2) {
-  using S = Sum<T>;
-  constexpr int size = Vector<T>::size;
-  auto& shared = shared_storage<PairShared>();
+__device__ __forceinline__ double sum_of_squares(const T* x, int64_t count, const Place& place, Sum<T>& overflow) {
   double sum = 0;
-  S overflow = 0;  // stays 0 unless a square is infinite or NaN
-  const int64_t stride = int64_t{gridDim.x} * kThreads * size;
 #pragma unroll 2
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * size; i < count; i += stride) {
+  for (int64_t i = first_element<T>(place); i < count; i += element_stride<T>(place)) {
     const Vector<T> part = load_part<aligned>(x, i, count);
 #pragma unroll
-    for (int j = 0; j < size; ++j) {
-      const S value = wide(part[j]);
+    for (int j = 0; j < Vector<T>::size; ++j) {
+      const Sum<T> value = wide(part[j]);
       sum += static_cast<double>(value) * value;
-      overflow += value * value * S(0);
+      overflow += value * value * Sum<T>(0);
     }
   }
-  double sums[2] = {sum, overflow == S(0) ? 0. : 1.};
+  return sum;
+}
+
+struct SquaresItem {
+  const void* x;
+  int64_t count;
+  double* partial_B2;
+};
+
+template <bool aligned, class T>
+__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ Batch<SquaresItem> batch) {
+  auto& shared = shared_storage<PairShared>();
+  const Place place = this_place(batch);
+  const SquaresItem& item = batch.items[place.item];
+  Sum<T> overflow = 0;
+  const double sum = sum_of_squares<aligned>(static_cast<const T*>(item.x), item.count, place, overflow);
+  double sums[2] = {sum, overflow == Sum<T>(0) ? 0. : 1.};
   block_sums(sums, shared.sums);
   if (threadIdx.x > 0) return;
-  store(partial_B2 + 2 * blockIdx.x, sums[0]);
-  store(partial_B2 + 2 * blockIdx.x + 1, sums[1]);
+  store(item.partial_B2 + 2 * place.block, sums[0]);
+  store(item.partial_B2 + 2 * place.block + 1, sums[1]);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_squares_kernel(const double* partial_B2, int64_t blocks, double* sum, bool* nonfinite) {
+struct FinishSquaresItem {
+  const double* partial_B2;
+  int blocks;
+  double* sum;
+  bool* nonfinite;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    finish_squares_kernel(const __grid_constant__ Batch<FinishSquaresItem> batch) {
   auto& shared = shared_storage<PairShared>();
-  const double total = sum_of_partials(partial_B2, blocks, 2, shared.sums);
-  const double bad = sum_of_partials(partial_B2 + 1, blocks, 2, shared.sums);
+  const FinishSquaresItem& item = batch.items[this_place(batch).item];
+  const double total = sum_of_partials(item.partial_B2, item.blocks, 2, shared.sums);
+  const double bad = sum_of_partials(item.partial_B2 + 1, item.blocks, 2, shared.sums);
   if (threadIdx.x > 0) return;
-  store(sum, total);
-  if (nonfinite != nullptr) store(nonfinite, bad != 0);
+  store(item.sum, total);
+  store(item.nonfinite, bad != 0);
 }
 
+// grad, rows and columns are null if the parameter is not factored.
 template <class T>
-struct SumsShared {
-  T rows[kGroup][kWarps];
-  double weight[kMaxWarps];
+struct SumsItem {
+  const T *grad_NRC, *weight_NRC;
+  double* squares_B;
+  T* rows;     // [tiles, rows of a tile]
+  T* columns;  // [N row tiles, C]
+  int64_t count;
+  int R, C;
 };
 
-template <class T>
-struct SumsPartial {
-  double* weight;  // [tiles]
-  T* rows;         // [column tiles, N * R]
-  T* columns;      // [N * row tiles, C]
-
-  static int64_t bytes(const MatrixShape& shape, const Tiles& tiles) {
-    return rows_at(shape, tiles) + (tiles.column_tiles * shape.N * shape.R + 16) * sizeof(T) +
-           shape.N * tiles.row_tiles * shape.C * sizeof(T);
+// The row and column sums of a warp's tile; returns the sum of the weight's squares.
+template <bool whole, class T>
+__device__ __forceinline__ double sums_of_tile(const SumsItem<T>& item, unsigned block) {
+  constexpr int size = Vector<T>::size;
+  const int C = item.C, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Tiles tiles = Tiles::of<T>(item.R, C);
+  const Tile tile = this_tile<T>(tiles, item.R, block);
+  const bool active = tile.column < C;
+  const T *grad_RC = item.grad_NRC + tile.row * C, *weight_RC = item.weight_NRC + tile.row * C;
+  T columns[size] = {}, row_sum_of_lane = 0;
+  double squares = 0;
+  for (int first = 0; first < tile.rows; first += kBatch) {
+    Vector<T> grad[kBatch], weight[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int64_t at = int64_t{first + b} * C;
+      if (!active || first + b >= tile.rows) continue;
+      grad[b] = load_piece<whole>(grad_RC + at, tile.column, C);
+      weight[b] = load_piece<whole>(weight_RC + at, tile.column, C);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      T row_sum = 0;
+      if (active && first + b < tile.rows) {
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          const T square = grad[b][i] * grad[b][i];
+          row_sum += square;
+          columns[i] += square;
+          squares += static_cast<double>(weight[b][i]) * weight[b][i];
+        }
+      }
+      row_sum = warp_sum(row_sum);
+      if (lane == (first + b) % kWarp) row_sum_of_lane = row_sum;
+    }
+    const int done = first + kBatch;
+    if (done % kWarp == 0 || done >= tile.rows) {
+      const int row = first / kWarp * kWarp + lane;
+      if (row < tile.rows) store(item.rows + tile.index * tiles.rows + row, row_sum_of_lane);
+    }
   }
-  static SumsPartial at(void* partial, const MatrixShape& shape, const Tiles& tiles) {
-    auto* const rows = reinterpret_cast<T*>(static_cast<char*>(partial) + rows_at(shape, tiles));
-    return {static_cast<double*>(partial), rows, rows + ceil_div(tiles.column_tiles * shape.N * shape.R, 16) * 16};
+  if (active && tile.rows > 0) {
+    store_values<whole>(item.columns + int64_t{tile.strip} * C, tile.column, C, columns);
   }
-  static int64_t rows_at(const MatrixShape& shape, const Tiles& tiles) {
-    return ceil_div(tiles.count(shape.N), 2) * 16;
-  }
-};
+  return squares;
+}
 
 template <bool whole, class T>
-__global__ void __launch_bounds__(kThreads)
-    sums_kernel(const T* grad_NRC, const T* weight_NRC, Tiles tiles, int64_t total_rows, SumsPartial<T> partial) {
-  constexpr int size = Vector<T>::size;
-  auto& shared = shared_storage<SumsShared<T>>();
-  const Tile tile = this_tile<T>(tiles);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const bool active = tile.column < tiles.C;
-  const int64_t first_row = tile.matrix * tiles.R;
-  T columns[size] = {};
-  double weight_squares = 0;
-  for (int64_t group = tile.row; group < tile.end; group += kGroup) {
-    for (int r = 0; r < kGroup; r += kBatch) {
-      Vector<T> grad[kBatch], weight[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int64_t row = group + r + b, at = (first_row + row) * tiles.C;
-        if (!active || row >= tile.end) continue;
-        grad[b] = load_piece<whole>(grad_NRC + at, tile.column, tiles.C);
-        weight[b] = load_piece<whole>(weight_NRC + at, tile.column, tiles.C);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        T row_sum = 0;
-        if (active && group + r + b < tile.end) {
-#pragma unroll
-          for (int i = 0; i < size; ++i) {
-            const T square = grad[b][i] * grad[b][i];
-            row_sum += square;
-            columns[i] += square;
-            weight_squares += static_cast<double>(weight[b][i]) * weight[b][i];
-          }
-        }
-        row_sum = warp_sum(row_sum);
-        if (lane == 0) store(&shared.rows[r + b][warp], row_sum);
-      }
-    }
-    __syncthreads();
-    if (thread < kGroup && group + thread < tile.end) {
-      T sum = 0;
-      for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) sum += load(&shared.rows[thread][w]);
-      store(partial.rows + tile.column_tile * total_rows + first_row + group + thread, sum);
-    }
-    __syncthreads();
-  }
-  if (active) {
-    T* const columns_C = partial.columns + (tile.matrix * tiles.row_tiles + tile.row_tile) * tiles.C;
-    store_values<whole>(columns_C, tile.column, tiles.C, columns);
-  }
-  weight_squares = block_sum(weight_squares, shared.weight);
-  if (thread == 0) store(partial.weight + blockIdx.x, weight_squares);
+__global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ Batch<SumsItem<T>> batch) {
+  auto& shared = shared_storage<PairShared>();
+  const Place place = this_place(batch);
+  const SumsItem<T>& item = batch.items[place.item];
+  Sum<T> overflow = 0;
+  const double squares = item.grad_NRC != nullptr ? sums_of_tile<whole>(item, place.block)
+                                                  : sum_of_squares<whole>(item.weight_NRC, item.count, place, overflow);
+  const double sum = block_sum(squares, shared.sums);
+  if (threadIdx.x == 0) store(item.squares_B + place.block, sum);
 }
 
 template <class T>
-struct FinishSumsShared {
+struct FinishSumsItem {
+  const double* squares_B;
+  const T *rows, *columns;
+  int num_squares;
+  unsigned N;  // 0 if there are no row and column sums
+  int R, C;
+  T *row_sums, *col_sums;
+  double* weight_squares;
+
+  // Blocks of a matrix's rows and of its columns.
+  __host__ __device__ __forceinline__ unsigned row_blocks() const { return (R - 1) / kThreads + 1; }
+  __host__ __device__ __forceinline__ unsigned column_blocks() const { return (C - 1) / kWarp + 1; }
+};
+
+template <class T>
+union FinishSumsShared {
   ColumnSums<T> columns;
-  double weight[kMaxWarps];
+  double squares[kMaxWarps];
 };
 
 static_assert(kColumnWarps * kWarp == kThreads, "the same block adds rows and columns");
 
 // Blocks of rows first, then blocks of columns, then one for the weight's squares.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    finish_sums_kernel(SumsPartial<T> partial, Tiles tiles, int64_t total_rows, int64_t row_blocks,
-                       int64_t blocks_per_matrix, int64_t num_tiles, T* row_sums, T* col_sums, double* weight_squares) {
+__global__ void __launch_bounds__(kThreads) finish_sums_kernel(const __grid_constant__ Batch<FinishSumsItem<T>> batch) {
   auto& shared = shared_storage<FinishSumsShared<T>>();
-  const int64_t block = blockIdx.x;
-  if (block < row_blocks) {
-    const int64_t row = block * kThreads + threadIdx.x;
-    if (row >= total_rows) return;
+  const Place place = this_place(batch);
+  const FinishSumsItem<T>& item = batch.items[place.item];
+  const int R = item.R, C = item.C;
+  const unsigned row_blocks = item.row_blocks(), column_blocks = item.column_blocks();
+  unsigned block = place.block;
+  if (block < item.N * row_blocks) {
+    const Tiles tiles = Tiles::of<T>(R, C);
+    const int matrix = static_cast<int>(block / row_blocks),
+              row = static_cast<int>(block % row_blocks * kThreads + threadIdx.x);
+    if (row >= R) return;
+    const int64_t tile = int64_t{matrix} * tiles.count() + int64_t{row / tiles.rows} * tiles.column_tiles;
+    const T* const parts = item.rows + tile * tiles.rows + row % tiles.rows;
     T sum = 0;
 #pragma unroll 4
-    for (int64_t i = 0; i < tiles.column_tiles; ++i) sum += load(partial.rows + i * total_rows + row);
-    store(row_sums + row, sum);
-  } else if (block + 1 < int64_t{gridDim.x}) {
-    const int64_t matrix = (block - row_blocks) / blocks_per_matrix;
-    const int64_t column = (block - row_blocks) % blocks_per_matrix * kWarp + threadIdx.x % kWarp;
-    const T* const parts = partial.columns + matrix * tiles.row_tiles * tiles.C;
-    const T sum = column_sum(parts, tiles.row_tiles, int64_t{tiles.C}, column, shared.columns);
-    if (threadIdx.x < kWarp && column < tiles.C) store(col_sums + matrix * tiles.C + column, sum);
-  } else {
-    const double sum = sum_of_partials(partial.weight, num_tiles, 1, shared.weight);
-    if (threadIdx.x == 0) store(weight_squares, sum);
+    for (int i = 0; i < tiles.column_tiles; ++i) sum += load(parts + int64_t{i} * tiles.rows);
+    store(item.row_sums + int64_t{matrix} * R + row, sum);
+    return;
   }
+  block -= item.N * row_blocks;
+  if (block < item.N * column_blocks) {
+    const Tiles tiles = Tiles::of<T>(R, C);
+    const int matrix = static_cast<int>(block / column_blocks),
+              column = static_cast<int>(block % column_blocks * kWarp + threadIdx.x % kWarp);
+    const T* const parts = item.columns + int64_t{matrix} * tiles.row_tiles * C;
+    const T sum = column_sum(parts, tiles.row_tiles, int64_t{C}, int64_t{column}, shared.columns);
+    if (threadIdx.x < kWarp && column < C) store(item.col_sums + int64_t{matrix} * C + column, sum);
+    return;
+  }
+  const double sum = sum_of_partials(item.squares_B, item.num_squares, 1, shared.squares);
+  if (threadIdx.x == 0) store(item.weight_squares, sum);
 }
+
+// An array's and a parameter's parts of the workspace.
+struct SquaresPartial {
+  int64_t blocks;
+  double* B2;
+
+  static SquaresPartial take(const Array& x, Workspace& workspace) {
+    const int64_t blocks = flat_blocks(x.count, static_cast<int>(16 / size_of(x.type)));
+    return {blocks, workspace.take<double>(2 * blocks)};
+  }
+};
+
+template <class T>
+struct SumsPartial {
+  int64_t blocks;
+  double* squares;
+  T *rows, *columns;
+
+  static SumsPartial take(const AdafactorParameter& parameter, Workspace& workspace) {
+    const int64_t blocks = blocks_of<T>(parameter);
+    double* const squares = workspace.take<double>(blocks);
+    if (!has_matrices(parameter)) return {blocks, squares, nullptr, nullptr};
+    const Tiles tiles = tiles_of<T>(parameter);
+    T* const rows = workspace.take<T>(parameter.N * tiles.count() * tiles.rows);
+    return {blocks, squares, rows, workspace.take<T>(parameter.N * tiles.row_tiles * parameter.C)};
+  }
+};
 
 }  // namespace
 
-int64_t squared_norm_partial_bytes(int64_t) { return 2 * kFlatBlocks * int64_t{sizeof(double)}; }
+int64_t squared_norm_partial_bytes(std::span<const Array> xs) {
+  Workspace workspace;
+  for (const Array& x : xs) SquaresPartial::take(x, workspace);
+  return workspace.bytes();
+}
 
-void squared_norm(const void* x, Type type, int64_t count, void* partial, double* sum, bool* nonfinite,
-                  cudaStream_t stream) {
-  auto* const partial_B2 = static_cast<double*>(partial);
-  dispatch_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t blocks = flat_blocks(count, Vector<T>::size);
-    dispatch_bool(rows_are_vectors<T>(0, x), [&](auto aligned) {
-      launch(&squares_kernel<decltype(aligned)::value, T>, grid_of(blocks), dim3(kThreads), sizeof(PairShared), stream,
-             static_cast<const T*>(x), count, partial_B2);
+void squared_norm(std::span<const Array> xs, void* partial, double* sums, bool* nonfinite, cudaStream_t stream) {
+  Batches<SquaresItem> squares[4][2];  // by type, and whether 16-byte accesses are possible
+  Batches<FinishSquaresItem> finish;
+  Workspace workspace(partial);
+  for (const Array& x : xs) {
+    const auto [blocks, partial_B2] = SquaresPartial::take(x, workspace);
+    const auto i = &x - xs.data();
+    squares[static_cast<int>(x.type)][rows_are_vectors<float>(0, x.data)].add({x.data, x.count, partial_B2}, blocks);
+    finish.add({partial_B2, static_cast<int>(blocks), sums + i, nonfinite + i}, 1);
+  }
+  for (const Type type : {Type::f16, Type::bf16, Type::f32, Type::f64}) {
+    dispatch_type(type, [&](auto zero) {
+      for_each_bool([&](auto aligned) {
+        squares[static_cast<int>(type)][aligned].for_each([&](const auto& batch, dim3 grid) {
+          launch(&squares_kernel<decltype(aligned)::value, decltype(zero)>, grid, dim3(kThreads), sizeof(PairShared),
+                 stream, batch);
+        });
+      });
     });
-    launch(&finish_squares_kernel, dim3(1), dim3(kFinishThreads), sizeof(PairShared), stream, partial_B2, blocks, sum,
-           nonfinite);
+  }
+  finish.for_each([&](const auto& batch, dim3 grid) {
+    launch(&finish_squares_kernel, grid, dim3(kThreads), sizeof(PairShared), stream, batch);
   });
 }
 
-int64_t adafactor_sums_partial_bytes(const MatrixShape& shape, Type type) {
-  int64_t bytes = 0;
+int64_t adafactor_sums_partial_bytes(AdafactorParameters parameters, Type type) {
+  Workspace workspace;
   dispatch_sum(type, [&](auto zero) {
-    using T = decltype(zero);
-    bytes = SumsPartial<T>::bytes(shape, Tiles::of<T>(shape));
+    for (const auto& parameter : parameters) SumsPartial<decltype(zero)>::take(parameter, workspace);
   });
-  return bytes;
+  return workspace.bytes();
 }
 
-void adafactor_sums(const void* grad, const void* weight, Type type, const MatrixShape& shape, void* partial,
-                    void* row_sums, void* col_sums, double* weight_squares, cudaStream_t stream) {
+void adafactor_sums(AdafactorParameters parameters, Type type, void* partial, void* row_sums, void* col_sums,
+                    double* weight_squares, cudaStream_t stream) {
   dispatch_sum(type, [&](auto zero) {
     using T = decltype(zero);
-    const Tiles tiles = Tiles::of<T>(shape);
-    const auto parts = SumsPartial<T>::at(partial, shape, tiles);
-    const int64_t num_tiles = tiles.count(shape.N), rows = shape.N * shape.R;
-    dispatch_bool(rows_are_vectors<T>(shape.C, grad, weight, parts.columns), [&](auto whole) {
-      launch(&sums_kernel<decltype(whole)::value, T>, grid_of(num_tiles), dim3(tiles.threads), sizeof(SumsShared<T>),
-             stream, static_cast<const T*>(grad), static_cast<const T*>(weight), tiles, rows, parts);
+    Batches<SumsItem<T>> sums[2];  // rows that are no vectors, rows that are
+    Batches<FinishSumsItem<T>> finish;
+    Workspace workspace(partial);
+    for (const AdafactorParameter& parameter : parameters) {
+      const auto part = SumsPartial<T>::take(parameter, workspace);
+      const bool factored = has_matrices(parameter);
+      const int R = static_cast<int>(parameter.R), C = factored ? static_cast<int>(parameter.C) : 0;
+      const auto* const grad = factored ? static_cast<const T*>(parameter.grad) : nullptr;
+      const auto* const weight = static_cast<const T*>(parameter.weight);
+      sums[rows_are_vectors<T>(C, grad, weight)].add(
+          {grad, weight, part.squares, part.rows, part.columns, parameter.numel(), R, C}, part.blocks);
+      const FinishSumsItem<T> item{.squares_B = part.squares,
+                                   .rows = part.rows,
+                                   .columns = part.columns,
+                                   .num_squares = static_cast<int>(part.blocks),
+                                   .N = factored ? static_cast<unsigned>(parameter.N) : 0,
+                                   .R = R,
+                                   .C = C,
+                                   .row_sums = static_cast<T*>(row_sums) + parameter.rows,
+                                   .col_sums = static_cast<T*>(col_sums) + parameter.columns,
+                                   .weight_squares = weight_squares + (&parameter - parameters.data())};
+      finish.add(item, int64_t{item.N} * (item.row_blocks() + item.column_blocks()) + 1);
+    }
+    for_each_bool([&](auto whole) {
+      sums[whole].for_each([&](const auto& batch, dim3 grid) {
+        launch(&sums_kernel<decltype(whole)::value, T>, grid, dim3(kThreads), sizeof(PairShared), stream, batch);
+      });
     });
-    const int64_t row_blocks = ceil_div(rows, kThreads), blocks_per_matrix = ceil_div(shape.C, kWarp);
-    launch(&finish_sums_kernel<T>, grid_of(row_blocks + shape.N * blocks_per_matrix + 1), dim3(kThreads),
-           sizeof(FinishSumsShared<T>), stream, parts, tiles, rows, row_blocks, blocks_per_matrix, num_tiles,
-           static_cast<T*>(row_sums), static_cast<T*>(col_sums), weight_squares);
+    finish.for_each([&](const auto& batch, dim3 grid) {
+      launch(&finish_sums_kernel<T>, grid, dim3(kThreads), sizeof(FinishSumsShared<T>), stream, batch);
+    });
   });
 }
 

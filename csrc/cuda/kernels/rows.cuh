@@ -34,6 +34,12 @@ void dispatch_bool(bool value, F&& f) {
   }
 }
 
+template <class F>
+void for_each_bool(F&& f) {
+  f(std::false_type{});
+  f(std::true_type{});
+}
+
 // Elements [begin, begin + size) of a row, zeros where it has ended. `whole`: rows are vectors.
 template <bool whole, int size, class T>
 __device__ __forceinline__ Vector<T, size> load_piece(const T* row, int begin, int columns) {

@@ -8,10 +8,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
+#include <c10/core/SymIntArrayRef.h>
 
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace glam {
 
@@ -191,30 +193,35 @@ at::Tensor counter_uniform(int64_t seed, int64_t stream, const at::Tensor& index
 
 // --- Optimiser steps: what glam/optim.h is made of ------------------------------------------------------------------------
 
-// Adafactor's step of one parameter weight [..., R, C] in three calls, with sums over the shards of a split parameter
-// between them; the formulas are in csrc/ops/adafactor.cpp. Factored state: row_var [..., R], col_var [..., C]; otherwise
-// row_var is the full variance and col_var is absent. step [] int64 counts the updates applied before; where skip [] bool
-// is true nothing changes. num_rows, num_cols and num_elements are those of the whole parameter.
+// Adafactor's step of a list of P parameters weight [..., R, C] in four calls, with sums over the shards of split
+// parameters between them; the formulas are in csrc/ops/adafactor.cpp. All of one dtype, float32 or float64, on one device.
+// Factored state: row_var [..., R], col_var [..., C], for N matrices; otherwise row_var is the full variance, col_var is
+// [0] and N = 1. step [] int64 counts the updates applied before; where skip [] bool is true nothing changes. num_rows,
+// num_cols (read of factored parameters) and num_elements are those of the whole parameters. Results hold those of the
+// list one parameter behind the other.
 //
-// row_sums [..., R] and col_sums [..., C] of grad^2 (empty unless factored), and weight_squares [] float64.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> adafactor_sums(const at::Tensor& grad, const at::Tensor& weight,
-                                                              bool factored);
-// Updates the state; row_totals [N] = sum of row_var and scaled_squares [N] = sum of grad^2 / (row_var col_var), float64,
-// for the N matrices (unfactored: [1], 1 and the sum of grad^2 / variance).
-std::tuple<at::Tensor, at::Tensor> adafactor_stats_(at::Tensor& row_var, const std::optional<at::Tensor>& col_var,
-                                                    const at::Tensor& grad, const at::Tensor& row_sums,
+// row_sums [sum of N R] and col_sums [sum of N C] of grad^2, of the factored ones, and weight_squares [P] float64.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> adafactor_sums(at::TensorList grads, at::TensorList weights,
+                                                              const std::vector<bool>& factored);
+// Updates the state; float64 [sum of N]: row_means = sum of row_var / num_rows and scaled_squares = sum of grad^2 /
+// (row_var col_var) (unfactored: 1 and the sum of grad^2 / variance).
+std::tuple<at::Tensor, at::Tensor> adafactor_stats_(at::TensorList row_vars, at::TensorList col_vars,
+                                                    at::TensorList grads, const at::Tensor& row_sums,
                                                     const at::Tensor& col_sums, const at::Tensor& step,
-                                                    const std::optional<at::Tensor>& skip, c10::SymInt num_rows,
-                                                    c10::SymInt num_cols, double decay = -0.8, double eps = 1e-30);
-// Updates the weight; row_means = row_totals / num_rows (unfactored: / 1), update_squares = sum of row_means *
-// scaled_squares. lr is a scalar tensor.
-void adafactor_apply_(at::Tensor& weight, const at::Tensor& grad, const at::Tensor& row_var,
-                      const std::optional<at::Tensor>& col_var, const at::Tensor& row_means,
-                      const at::Tensor& weight_squares, const at::Tensor& update_squares, const at::Tensor& lr,
-                      const std::optional<at::Tensor>& skip, c10::SymInt num_elements, double clipping = 1.,
-                      double min_scale = 1e-3);
+                                                    const std::optional<at::Tensor>& skip, c10::SymIntArrayRef num_rows,
+                                                    c10::SymIntArrayRef num_cols, double decay = -0.8,
+                                                    double eps = 1e-30);
+// float64 [P]: of each parameter the sum of row_means * scaled_squares over its num_matrices matrices.
+at::Tensor adafactor_update_squares(const at::Tensor& row_means, const at::Tensor& scaled_squares,
+                                    c10::SymIntArrayRef num_matrices);
+// Updates the weights. lr is a scalar tensor.
+void adafactor_apply_(at::TensorList weights, at::TensorList grads, at::TensorList row_vars, at::TensorList col_vars,
+                      const at::Tensor& row_means, const at::Tensor& weight_squares, const at::Tensor& update_squares,
+                      const at::Tensor& lr, const std::optional<at::Tensor>& skip, c10::SymIntArrayRef num_elements,
+                      double clipping = 1., double min_scale = 1e-3);
 
-// The sum of x^2 in float64 in a fixed order, and whether a square is infinite or NaN in float32 (float64 for float64).
-std::tuple<at::Tensor, at::Tensor> squared_norm(const at::Tensor& x);
+// Of each of P tensors, of any floating dtypes: the sum of x^2, [P] float64, in a fixed order, and whether a square is
+// infinite or NaN in float32 (float64 for float64), [P] bool.
+std::tuple<at::Tensor, at::Tensor> squared_norm(at::TensorList xs);
 
 }  // namespace glam

@@ -53,14 +53,18 @@ class Adafactor {
   NamedTensors named_state() const;
 
  private:
+  using Groups = std::vector<std::string>;
   struct Parameter {
     std::string name;
     at::Tensor weight;
-    at::Tensor row_var;  // the full variance if col_var is absent
-    std::optional<at::Tensor> col_var;
-    std::vector<Shard> shards;
-    std::vector<int64_t> sizes;  // of the whole
+    bool factored = false;
+    at::Tensor row_var, col_var;                             // the full variance and [0] if not factored
+    std::vector<int64_t> sizes;                              // of the whole
+    Groups groups, by_row, by_column, by_either, by_matrix;  // whose ranks hold its parts, and how they split matrices
   };
+
+  void update(const std::vector<Parameter*>& parameters, const at::Tensor& learning_rate,
+              const std::optional<at::Tensor>& skip);
 
   AdafactorOptions options_;
   std::vector<Parameter> parameters_;
