@@ -136,9 +136,12 @@ def clip_gradients_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float)
     if not max_norm > 0:
         raise ValueError(f"clip_gradients_: expected max_norm > 0, got {max_norm}")
     factor = (max_norm / norm).clamp(max=1.0)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for dtype, grads in by_dtype.items():
+        torch._foreach_mul_(grads, factor.to(dtype))
 
 
 # --- Adafactor

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -48,10 +49,11 @@ void clip_gradients_(at::TensorList parameters, const at::Tensor& norm, double m
   TORCH_CHECK(max_norm > 0, "glam::optim::clip_gradients_: expected max_norm > 0, got ", max_norm);
   const at::NoGradGuard no_grad;
   const at::Tensor factor = norm.reciprocal().mul(max_norm).clamp_max(1.);
+  std::map<at::ScalarType, std::vector<at::Tensor>> by_dtype;
   for (const at::Tensor& parameter : parameters) {
-    at::Tensor grad = parameter.grad();
-    if (grad.defined()) grad.mul_(factor.to(grad.scalar_type()));
+    if (parameter.grad().defined()) by_dtype[parameter.grad().scalar_type()].push_back(parameter.grad());
   }
+  for (const auto& [dtype, grads] : by_dtype) at::_foreach_mul_(grads, factor.to(dtype));
 }
 
 }  // namespace glam::optim
