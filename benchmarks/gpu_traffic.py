@@ -179,6 +179,10 @@ def optimizer_cases(s: Sizes) -> Cases:
             lambda: GLAM.adafactor_stats_(*state, *sums[:2], step, skip, [s.D], [s.matrix]),
             nbytes(grad),
         ),
+        "adafactor_update_squares": (
+            lambda: GLAM.adafactor_update_squares(means, scaled, [2]),
+            nbytes(means, scaled, moments[2]),
+        ),
         "adafactor_apply_": (
             lambda: GLAM.adafactor_apply_([weight], [grad], [row_var], [col_var], *moments, rate, skip, sizes),
             nbytes(weight, weight, grad),

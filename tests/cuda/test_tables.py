@@ -42,8 +42,6 @@ def traffic(library: Path) -> tuple[dict[str, list[Any]], str, str]:
 
 
 COPIES_OF_ROWS = ("dispatch", "dispatch backward", "combine", "combine backward", "embedding")
-# Their inner loops have none: the first sum that a thread stores per row of a tile.
-WITH_BANK_CONFLICTS = {"adafactor_sums": 1.2}
 
 
 def test_copies_of_rows_move_what_they_must(traffic: tuple[dict[str, list[Any]], str, str]) -> None:
@@ -57,7 +55,7 @@ def test_shared_memory_has_no_bank_conflicts(traffic: tuple[dict[str, list[Any]]
     counted = {name: passes for name, (_, _, passes) in traffic[0].items() if passes is not None}
     assert len(counted) > 15
     for name, passes in counted.items():
-        assert passes <= WITH_BANK_CONFLICTS.get(name, 1.0), name
+        assert passes == 1, name
 
 
 @pytest.mark.slow
