@@ -33,16 +33,6 @@ int64_t num_blocks(const ParameterShape& shape) {
   return has_matrices(shape) ? shape.N * row_blocks(shape.R) : element_blocks(shape.numel());
 }
 
-// The lengths of what holds the rows, and the columns, of all factored parameters.
-std::pair<int64_t, int64_t> rows_and_columns(const std::vector<ParameterShape>& shapes) {
-  int64_t rows = 0, columns = 0;
-  for (const ParameterShape& shape : shapes) {
-    rows += shape.factored ? shape.N * shape.R : 0;
-    columns += shape.factored ? shape.N * shape.C : 0;
-  }
-  return {rows, columns};
-}
-
 // What the threads do for a list, in phases: a phase's tasks run once the phase that it comes after is complete.
 class Work {
  public:
@@ -88,12 +78,6 @@ class Work {
   std::vector<std::function<void(int64_t)>> tasks_;
 };
 
-std::vector<Tensor> contiguous(at::TensorList tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& tensor : tensors) result.push_back(tensor.contiguous());
-  return result;
-}
-
 // State and weights are written in place through contiguous tensors, or copied back.
 class InPlace {
  public:
@@ -113,7 +97,6 @@ class InPlace {
   std::vector<Tensor> contiguous_;
 };
 
-Tensor doubles(int64_t length, const Tensor& like) { return at::empty({length}, like.options().dtype(at::kDouble)); }
 bool is_set(const OptionalTensor& skip) { return skip && *skip->const_data_ptr<bool>(); }
 
 // The squares of each tensor, summed by the work that has run when they are asked for.
@@ -133,7 +116,7 @@ class Squares {
     }
   }
   Tensor sums() const {
-    const Tensor result = doubles(static_cast<int64_t>(xs_.size()), xs_[0]);
+    const Tensor result = empty_doubles(static_cast<int64_t>(xs_.size()), xs_[0]);
     for (size_t i = 0; i < xs_.size(); ++i) {
       double sum = 0;
       for (const SquareSum& part : of_block_[i]) sum += part.sum;
@@ -288,7 +271,8 @@ std::tuple<Tensor, Tensor> stats_(at::TensorList row_vars, at::TensorList col_va
                           num_cols.size());
   const auto shapes = parameter_shapes(grads_, row_vars);
   const int64_t matrices = shapes.back().matrices + shapes.back().N;
-  const Tensor row_means = doubles(matrices, grads_[0]).fill_(1), scaled_squares = doubles(matrices, grads_[0]).zero_();
+  const Tensor row_means = empty_doubles(matrices, grads_[0]).fill_(1),
+               scaled_squares = empty_doubles(matrices, grads_[0]).zero_();
   if (is_set(skip)) return {row_means, scaled_squares};
   const double rho = 1 - std::pow(static_cast<double>(*step.const_data_ptr<int64_t>()) + 1, decay);
   const auto grads = contiguous(grads_);
@@ -328,7 +312,7 @@ std::tuple<Tensor, Tensor> stats_(at::TensorList row_vars, at::TensorList col_va
 Tensor update_squares(const Tensor& row_means, const Tensor& scaled_squares, at::IntArrayRef num_matrices) {
   checks::adafactor_update_squares(row_means, scaled_squares, c10::fromIntArrayRefSlow(num_matrices));
   const Tensor means = row_means.contiguous(), scaled = scaled_squares.contiguous();
-  const Tensor squares = doubles(static_cast<int64_t>(num_matrices.size()), row_means);
+  const Tensor squares = empty_doubles(static_cast<int64_t>(num_matrices.size()), row_means);
   const auto *mean = means.const_data_ptr<double>(), *scale = scaled.const_data_ptr<double>();
   for (size_t i = 0; i < num_matrices.size(); ++i) {
     double sum = 0;

@@ -19,7 +19,6 @@ namespace glam::cuda {
 namespace {
 
 Tensor bytes(int64_t count, const Tensor& like) { return at::empty({count}, like.options().dtype(at::kByte)); }
-Tensor doubles(int64_t count, const Tensor& like) { return at::empty({count}, like.options().dtype(at::kDouble)); }
 
 double* pointer(const Tensor& x) { return x.mutable_data_ptr<double>(); }
 const bool* flag(const OptionalTensor& skip) { return skip ? skip->const_data_ptr<bool>() : nullptr; }
@@ -29,12 +28,6 @@ void check_devices(const char* op, const Tensor& grad, std::initializer_list<Opt
   for (const OptionalTensor& other : others) {
     if (other) check_same_device(op, *other, grad);
   }
-}
-
-std::vector<Tensor> contiguous(at::TensorList tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& tensor : tensors) result.push_back(tensor.contiguous());
-  return result;
 }
 
 std::vector<InPlace> in_place(at::TensorList tensors) { return {tensors.begin(), tensors.end()}; }
@@ -68,7 +61,7 @@ std::tuple<Tensor, Tensor> squares(at::TensorList xs_) {
   std::vector<Array> arrays;
   for (const Tensor& x : xs) arrays.push_back({data(x), type_of(x), x.numel()});
   const auto count = static_cast<int64_t>(xs.size());
-  const Tensor sums = doubles(count, xs[0]), nonfinite = at::empty({count}, xs[0].options().dtype(at::kBool));
+  const Tensor sums = empty_doubles(count, xs[0]), nonfinite = at::empty({count}, xs[0].options().dtype(at::kBool));
   const Tensor partial = bytes(squared_norm_partial_bytes(arrays), xs[0]);
   squared_norm(arrays, mutable_data(partial), pointer(sums), nonfinite.mutable_data_ptr<bool>(), device.stream());
   return {sums, nonfinite};
@@ -80,22 +73,20 @@ std::tuple<Tensor, Tensor, Tensor> sums(at::TensorList grads_, at::TensorList we
   checks::adafactor_sums(grads_, weights_, factored.vec());
   const OnDevice device(grads_[0]);
   const auto grads = contiguous(grads_), weights = contiguous(weights_);
-  auto parameters = parameters_of(op, parameter_shapes(grads, factored.vec()));
-  int64_t rows = 0, columns = 0;
+  const auto shapes = parameter_shapes(grads, factored.vec());
+  const auto [rows, columns] = rows_and_columns(shapes);
+  auto parameters = parameters_of(op, shapes);
   bool any_empty = false;  // which has sums of no elements
   for (size_t i = 0; i < parameters.size(); ++i) {
     AdafactorParameter& parameter = parameters[i];
     parameter.grad = data(grads[i]);
     parameter.weight = mutable_data(weights[i]);
     any_empty = any_empty || parameter.numel() == 0;
-    if (!parameter.factored) continue;
-    rows += parameter.N * parameter.R;
-    columns += parameter.N * parameter.C;
   }
   const auto make = any_empty ? [](int64_t length, const Tensor& like) { return at::zeros({length}, like.options()); }
                               : [](int64_t length, const Tensor& like) { return at::empty({length}, like.options()); };
   const Tensor row_sums = make(rows, grads[0]), col_sums = make(columns, grads[0]);
-  const Tensor weight_squares = doubles(static_cast<int64_t>(grads.size()), grads[0]);
+  const Tensor weight_squares = empty_doubles(static_cast<int64_t>(grads.size()), grads[0]);
   const Type type = type_of(grads[0]);
   const Tensor partial = bytes(adafactor_sums_partial_bytes(parameters, type), grads[0]);
   adafactor_sums(parameters, type, mutable_data(partial), mutable_data(row_sums), mutable_data(col_sums),
@@ -124,7 +115,7 @@ std::tuple<Tensor, Tensor> stats_(at::TensorList row_vars_, at::TensorList col_v
     parameters[i].num_cols = num_cols[i];
   }
   const int64_t matrices = parameters.back().matrices + parameters.back().N;
-  const Tensor row_means = doubles(matrices, grads[0]), scaled_squares = doubles(matrices, grads[0]);
+  const Tensor row_means = empty_doubles(matrices, grads[0]), scaled_squares = empty_doubles(matrices, grads[0]);
   const AdafactorDecay decay{
       .step = step.const_data_ptr<int64_t>(), .skip = flag(skip), .decay = decay_power, .eps = eps};
   const Type type = type_of(grads[0]);
@@ -140,7 +131,7 @@ Tensor update_squares(const Tensor& row_means_, const Tensor& scaled_squares_, a
   checks::adafactor_update_squares(row_means_, scaled_squares_, c10::fromIntArrayRefSlow(num_matrices));
   const OnDevice device(row_means_);
   const Tensor row_means = row_means_.contiguous(), scaled_squares = scaled_squares_.contiguous();
-  const Tensor squares = doubles(static_cast<int64_t>(num_matrices.size()), row_means);
+  const Tensor squares = empty_doubles(static_cast<int64_t>(num_matrices.size()), row_means);
   adafactor_update_squares(row_means.const_data_ptr<double>(), scaled_squares.const_data_ptr<double>(),
                            {num_matrices.data(), num_matrices.size()}, pointer(squares), device.stream());
   return squares;

@@ -162,6 +162,25 @@ std::vector<ParameterShape> parameter_shapes(at::TensorList parameters, at::Tens
   return shapes_of(parameters, [&](size_t i) { return is_factored(row_vars[i], parameters[i]); });
 }
 
+std::pair<int64_t, int64_t> rows_and_columns(const std::vector<ParameterShape>& shapes) {
+  int64_t rows = 0, columns = 0;
+  for (const ParameterShape& shape : shapes) {
+    rows += shape.factored ? shape.N * shape.R : 0;
+    columns += shape.factored ? shape.N * shape.C : 0;
+  }
+  return {rows, columns};
+}
+
+std::vector<Tensor> contiguous(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(tensor.contiguous());
+  return result;
+}
+
+Tensor empty_doubles(const SymInt& length, const Tensor& like) {
+  return at::empty_symint({length}, like.options().dtype(at::kDouble));
+}
+
 void checks::adafactor_sums(at::TensorList grads, at::TensorList weights, const std::vector<bool>& factored) {
   check_parameters(kSums, "weights", weights);
   check_length(kSums, "grads", grads.size(), "weights", weights.size());
@@ -235,10 +254,6 @@ void checks::squared_norm(at::TensorList xs) {
 
 namespace {
 
-Tensor doubles(const SymInt& length, const Tensor& like) {
-  return at::empty_symint({length}, like.options().dtype(at::kDouble));
-}
-
 std::tuple<Tensor, Tensor, Tensor> sums_meta(at::TensorList grads, at::TensorList weights,
                                              const c10::List<bool>& factored) {
   checks::adafactor_sums(grads, weights, factored.vec());
@@ -246,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> sums_meta(at::TensorList grads, at::TensorLis
   for (size_t i = 0; i < grads.size(); ++i) lengths.add(grads[i], factored[i]);
   const auto options = grads[0].options();
   return {at::empty_symint({lengths.rows}, options), at::empty_symint({lengths.columns}, options),
-          doubles(static_cast<int64_t>(grads.size()), grads[0])};
+          empty_doubles(static_cast<int64_t>(grads.size()), grads[0])};
 }
 
 std::tuple<Tensor, Tensor> stats_meta(at::TensorList row_vars, at::TensorList col_vars, at::TensorList grads,
@@ -255,12 +270,12 @@ std::tuple<Tensor, Tensor> stats_meta(at::TensorList row_vars, at::TensorList co
                                       c10::SymIntArrayRef num_cols, double, double) {
   checks::adafactor_stats(row_vars, col_vars, grads, row_sums, col_sums, step, skip, num_rows.size(), num_cols.size());
   const SymInt matrices = lengths_of(grads, row_vars).matrices;
-  return {doubles(matrices, grads[0]), doubles(matrices, grads[0])};
+  return {empty_doubles(matrices, grads[0]), empty_doubles(matrices, grads[0])};
 }
 
 Tensor update_squares_meta(const Tensor& row_means, const Tensor& scaled_squares, c10::SymIntArrayRef num_matrices) {
   checks::adafactor_update_squares(row_means, scaled_squares, num_matrices);
-  return doubles(static_cast<int64_t>(num_matrices.size()), row_means);
+  return empty_doubles(static_cast<int64_t>(num_matrices.size()), row_means);
 }
 
 void apply_meta(at::TensorList weights, at::TensorList grads, at::TensorList row_vars, at::TensorList col_vars,
@@ -273,7 +288,7 @@ void apply_meta(at::TensorList weights, at::TensorList grads, at::TensorList row
 std::tuple<Tensor, Tensor> squared_norm_meta(at::TensorList xs) {
   checks::squared_norm(xs);
   const auto count = static_cast<int64_t>(xs.size());
-  return {doubles(count, xs[0]), at::empty({count}, xs[0].options().dtype(at::kBool))};
+  return {empty_doubles(count, xs[0]), at::empty({count}, xs[0].options().dtype(at::kBool))};
 }
 
 }  // namespace

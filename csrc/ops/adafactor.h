@@ -2,6 +2,7 @@
 // of the whole list one behind the other.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "ops/common.h"
@@ -19,5 +20,13 @@ struct ParameterShape {
 // Factored or not is for the op to say, or seen from the state, whose row_var has a dimension less than the parameter.
 std::vector<ParameterShape> parameter_shapes(at::TensorList parameters, const std::vector<bool>& factored);
 std::vector<ParameterShape> parameter_shapes(at::TensorList parameters, at::TensorList row_vars);
+
+// The lengths of what holds the rows, and the columns, of all factored parameters.
+std::pair<int64_t, int64_t> rows_and_columns(const std::vector<ParameterShape>& shapes);
+
+// As the kernels take them.
+std::vector<Tensor> contiguous(at::TensorList tensors);
+// [length] float64 beside `like`, not written.
+Tensor empty_doubles(const SymInt& length, const Tensor& like);
 
 }  // namespace glam
