@@ -10,8 +10,7 @@ as touched, so the ratio is an upper bound of the traffic to memory. The last co
 bytes take at the memory rates of the datasheets: 2.04 TB/s for an A100 with 80 GB, 3.35 TB/s for an H100 SXM.
 
 Kernels of the ops below are counted, as they run for bfloat16 activations and float32 weights; not what runs inside the
-library: its products, sorts and attention. --write puts the
-table into docs/cuda.md.
+library: its products, sorts and attention. --write puts the table into docs/cuda.md.
 """
 
 from __future__ import annotations
