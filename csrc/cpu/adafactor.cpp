@@ -21,8 +21,10 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = 64;
 constexpr int64_t kElementsPerBlock = 16384;
-constexpr int64_t kElementsPerTask =
-    65536;  // at least, where there are as many: taking a task must cost little beside it
+// A thread's task is a run of blocks, long enough to be read at full speed (two threads that take turns in 256 KiB reach
+// three quarters of it), short enough for all to have an equal share.
+constexpr int64_t kLeastPerTask = 1 << 16, kMostPerTask = 1 << 20;  // elements
+constexpr int64_t kTasksPerThread = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_blocks(int64_t total) { return ceil_div(total, kElementsPerBlock); }
@@ -67,7 +69,9 @@ class Work {
  private:
   template <class F>
   int64_t add_blocks(int64_t count, int64_t elements, int64_t after, F f) {
-    const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(elements, 1));
+    const int64_t share = count * elements / (kTasksPerThread * at::get_num_threads());
+    const int64_t per_task =
+        std::max<int64_t>(1, std::clamp(share, kLeastPerTask, kMostPerTask) / std::max<int64_t>(elements, 1));
     const auto run = [=](int64_t task) {
       for (int64_t block = task * per_task; block < std::min(count, (task + 1) * per_task); ++block) f(block);
     };

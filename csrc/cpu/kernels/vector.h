@@ -71,19 +71,47 @@ inline typename VectorOf<float>::type to_floats(const int8_t* values) {
 #endif
 }
 
+inline typename VectorOf<double>::type to_doubles(const double* values) {
+  return *reinterpret_cast<const typename VectorOf<double>::type*>(values);
+}
+// GCC converts such vectors by halves.
+inline typename VectorOf<double>::type to_doubles(const float* values) {
+  using Vector = typename VectorOf<double>::type;
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtps_pd(_mm256_loadu_ps(values));
+#elif defined(__AVX2__) && !defined(GLAM_EMULATE_AVX512BF16)
+  return (Vector)_mm256_cvtps_pd(_mm_loadu_ps(values));
+#else
+  Vector result;
+  for (int l = 0; l < VectorOf<double>::lanes; ++l) result[l] = values[l];
+  return result;
+#endif
+}
+
+// A stored number as T; uint16_t holds a bfloat16.
+template <class T, class Value>
+inline T value_as(Value value) {
+  if constexpr (std::is_same_v<Value, uint16_t>) {
+    return static_cast<T>(bf16_to_float(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// f(the values of `type` at `data`, by their type).
+template <class F>
+inline auto with_values(const void* data, Type type, F&& f) {
+  if (type == Type::f32) return f(static_cast<const float*>(data));
+  if (type == Type::bf16) return f(static_cast<const uint16_t*>(data));
+  return f(static_cast<const double*>(data));
+}
+
 // count contiguous values of `type` at `data` as T; the loops vectorise.
 template <class T>
 inline void load_values(const void* data, Type type, int64_t count, T* out) {
-  if (type == Type::f32) {
-    const auto* in = static_cast<const float*>(data);
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(in[i]);
-  } else if (type == Type::bf16) {
-    const auto* in = static_cast<const uint16_t*>(data);
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(bf16_to_float(in[i]));
-  } else {
-    const auto* in = static_cast<const double*>(data);
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(in[i]);
-  }
+  with_values(data, type, [&](const auto* in) {
+    for (int64_t i = 0; i < count; ++i) out[i] = value_as<T>(in[i]);
+  });
 }
 
 // Past the caches, in whole lines; `out` is aligned to a vector. finish_streaming() before another thread may look.
