@@ -6,12 +6,13 @@
 #include <torch/torch.h>
 
 #include "distributed/collectives.h"
+#include "ops/large_memory.h"
 
 namespace glam::nn {
 namespace {
 
 Tensor parameter(torch::nn::Module& module, const char* name, at::IntArrayRef sizes, torch::Device device) {
-  return module.register_parameter(name, torch::empty(sizes, torch::dtype(torch::kFloat).device(device)));
+  return module.register_parameter(name, empty_lasting(sizes, torch::dtype(torch::kFloat).device(device)));
 }
 
 // The counter stream of one layer's noise (0) or jitter (1) in one step.

@@ -12,11 +12,12 @@ inline constexpr size_t kHugePage = size_t{2} << 20;
 
 inline size_t round_up_to(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
-// `bytes` is a multiple of kHugePage. Null where there is no memory; given back by std::free.
+// Whole huge pages, and small ones for the rest. Null where there is no memory; given back by std::free.
 inline void* allocate_huge_pages(size_t bytes) {
-  void* const data = std::aligned_alloc(kHugePage, bytes);
+  void* data = nullptr;
+  if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
 #ifdef MADV_HUGEPAGE
-  if (data) madvise(data, bytes, MADV_HUGEPAGE);  // advice only: a refusal changes nothing
+  madvise(data, bytes, MADV_HUGEPAGE);  // advice only: a refusal changes nothing
 #endif
   return data;
 }
