@@ -29,58 +29,97 @@ class Carver {
 };
 
 // Scores in products ---------------------------------------------------------------------------------------------
+//
+// In full precision a block's rows of scores are at once the left side of a product over queries, and the right side, a
+// panel [steps of the keys][kQueries], of one over keys. In bfloat16 both are made of them, a row or two at a time.
 
-// Scores as the left side of a product over queries: rows, kQueries / kDepth elements apart.
-template <class T>
-inline const T* rows_of_scores(FullPrecision<T>, const T* scores, int64_t, T*) {
-  return scores;
-}
-inline const Bf16Precision::Element* rows_of_scores(Bf16Precision, const float* scores, int64_t rows,
-                                                    Bf16Precision::Element* out) {
+template <class Format>
+inline constexpr bool kScoresInPlace = !std::is_same_v<Format, Bf16Precision>;
+
+// The left side has its rows kQueries / kDepth elements apart.
+inline void put_left_row(const float* row, int64_t i, Bf16Precision::Element* left) {
   constexpr int64_t Q = kQueries<float>, kSteps = Q / Bf16Precision::kDepth;
-  if constexpr (GLAM_AMX) {  // whole tiles
-    for (int64_t i = rows * kSteps; i < round_up_to_tiles(rows) * kSteps; ++i) out[i] = 0;
+  if constexpr (Bf16Precision::kDepth == 2) {
+    store_values(row, Q, left + i * kSteps, Type::bf16);
+  } else {
+    for (int64_t q = 0; q < Q; ++q) left[i * kSteps + q] = round_to_bf16(row[Bf16Precision::first_k(q)]);
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    if constexpr (Bf16Precision::kDepth == 2) {
-      store_values(scores + i * Q, Q, out + i * kSteps, Type::bf16);
-    } else {
-      for (int64_t q = 0; q < Q; ++q) {
-        out[i * kSteps + q] = round_to_bf16(scores[i * Q + Bf16Precision::first_k(q)]);
-      }
-    }
+}
+// After the last of `rows`: zeros in the rest of a tile.
+inline void finish_left(int64_t rows, Bf16Precision::Element* left) {
+  constexpr int64_t kSteps = kQueries<float> / Bf16Precision::kDepth;
+  for (int64_t i = rows * kSteps; GLAM_AMX && i < round_up_to_tiles(rows) * kSteps; ++i) left[i] = 0;
+}
+// Rows `key`, an even one, and the next.
+inline void put_panel_rows(const float (&rows)[2][kQueries<float>], int64_t key, Bf16Precision::Element* panel) {
+  constexpr int64_t Q = kQueries<float>;
+  for (int64_t step = 0; step < 2 / Bf16Precision::kDepth; ++step) {
+    store_step<Q>(Bf16Precision(), rows[Bf16Precision::first_k(step)], rows[1],
+                  panel + (key / Bf16Precision::kDepth + step) * Q);
   }
-  return out;
+}
+inline void finish_panel(int64_t keys, Bf16Precision::Element* panel) {
+  constexpr int64_t Q = kQueries<float>, kDepth = Bf16Precision::kDepth;
+  for (int64_t i = (keys + 1) / 2 * 2 / kDepth * Q; i < steps_of<Bf16Precision>(keys) * Q; ++i) panel[i] = 0;
 }
 
-// Scores as the right side of a product over keys: a panel [steps of the keys][kQueries].
-template <class T>
-inline const T* panel_of_scores(FullPrecision<T>, const T* scores, int64_t, T*) {
-  return scores;
-}
-inline const Bf16Precision::Element* panel_of_scores(Bf16Precision, const float* scores, int64_t keys,
-                                                     Bf16Precision::Element* out) {
-  constexpr int64_t Q = kQueries<float>;
-  static constexpr float zeros[Q] = {};
-  const auto row = [&](int64_t key) { return key < keys ? scores + key * Q : zeros; };
-  for (int64_t step = 0; step < steps_of<Bf16Precision>(keys); ++step) {
-    const int64_t k = Bf16Precision::first_k(step);
-    store_step<Q>(Bf16Precision(), row(k), row(k + 1), out + step * Q);
+// Calls make(i, out) for each row of scores, which it writes to `out`, and makes those sides of products that are not null.
+template <class Format, class T, class F>
+inline void make_rows(int64_t count, T* scores, typename Format::Element* left, typename Format::Element* panel,
+                      F&& make) {
+  constexpr int64_t Q = kQueries<T>;
+  if constexpr (kScoresInPlace<Format>) {
+    for (int64_t i = 0; i < count; ++i) make(i, scores + i * Q);
+  } else {
+    T rows[2][Q];
+    for (int64_t i = 0; i < count; i += 2) {
+      for (int64_t j = 0; j < 2; ++j) {
+        if (i + j < count) {
+          make(i + j, rows[j]);
+          if (left) put_left_row(rows[j], i + j, left);
+        } else {
+          for (T& value : rows[j]) value = T(0);
+        }
+      }
+      if (panel) put_panel_rows(rows, i, panel);
+    }
+    if (left) finish_left(count, left);
+    if (panel) finish_panel(count, panel);
   }
-  return out;
+}
+template <class Format, class T>
+inline const typename Format::Element* side_of(const T* scores, const typename Format::Element* made) {
+  if constexpr (kScoresInPlace<Format>) {
+    return scores;
+  } else {
+    return made;
+  }
 }
 
 // out[query][a] = factor[query] * c[a][query]
 template <class T>
-inline void store_transposed(const T* c, int64_t queries, int64_t A, const T* factor, T* row, void* out, Type type,
+inline void store_transposed(const T* c, int64_t queries, int64_t A, const T* factor, void* out, Type type,
                              int64_t out_stride) {
-  for (int64_t i = 0; i < queries; ++i) {
-    for (int64_t a = 0; a < A; ++a) row[a] = factor[i] * c[a * kQueries<T> + i];
-    store_values(row, A, advance(out, type, i * out_stride), type);
+  constexpr int64_t Q = kQueries<T>;
+  constexpr int lanes = VectorOf<T>::lanes;
+  for (int64_t a = 0; a < A; a += lanes) {
+    const int64_t part = A - a < lanes ? A - a : lanes;
+    const T* rows[lanes];
+    for (int64_t l = 0; l < lanes; ++l) rows[l] = c + (l < part ? a + l : a) * Q;
+    T transposed[Q * lanes];
+    interleave<lanes, lanes>(rows, Q, transposed);
+    for (int64_t i = 0; i < queries; ++i) {
+      T* const values = transposed + i * lanes;
+      for (int l = 0; l < lanes; ++l) values[l] *= factor[i];
+      store_values(values, part, advance(out, type, i * out_stride + a), type);
+    }
   }
 }
 
 // Blocks ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+using IntegersAs = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
 
 template <class T>
 struct Block {
@@ -89,7 +128,7 @@ struct Block {
   int64_t position;   // of the first query
   int64_t key_begin;  // a multiple of kKeys
   int64_t key_end;
-  int32_t segments[kQueries<T>];  // of the queries; 0 for padding and empty columns
+  IntegersAs<T> segments[kQueries<T>];  // of the queries; 0 for padding and empty columns
 };
 
 inline Operand rows_at(const void* data, Type type, int64_t stride, int64_t first, bool rows_are_k = false) {
@@ -135,9 +174,10 @@ GLAM_INLINE T finish_logit(const AttentionHead<T>& head, T logit) {
 }
 // A probability below the smallest normal number is 0: a product with a subnormal costs the CPU a hundred times another.
 template <class T>
+inline constexpr T smallest_normal = sizeof(T) == sizeof(double) ? T(2.2250738585072014e-308) : T(1.17549435e-38f);
+template <class T>
 GLAM_INLINE T flush(T probability) {
-  constexpr T smallest = sizeof(T) == sizeof(double) ? T(2.2250738585072014e-308) : T(1.17549435e-38f);
-  return probability < smallest ? T(0) : probability;
+  return probability < smallest_normal<T> ? T(0) : probability;
 }
 // 0 where nothing is attended to; a NaN stays.
 template <class T>
@@ -149,56 +189,57 @@ GLAM_INLINE T log_of_sum(T sum, T shift) {
   return sum == T(0) ? infinity<T> : shift + log(sum);
 }
 
-// scores[key][query]: <k, q> becomes cap(<k, q> + bias), -infinity where masked. finish(row, i) gets each row then.
-template <class T, class F>
-inline void finish_scores(const AttentionHead<T>& head, const Block<T>& block, int64_t first, int64_t keys, T* scores,
-                          F&& finish) {
-  constexpr int64_t Q = kQueries<T>;
-  for (int64_t i = 0; i < keys; ++i) {
-    const int64_t key = first + i, ahead = key - block.position;
-    T* const row = scores + i * Q;
-    const T* const bias = head.line - ahead;
-    for (int64_t q = 0; q < Q; ++q) row[q] += bias[q];
-    if (head.logit_cap > T(0)) {
-      for (int64_t q = 0; q < Q; ++q) row[q] = finish_logit(head, row[q]);
-    }
-    if (ahead > 0) {
-      for (int64_t q = 0; q < Q; ++q) row[q] = q < ahead ? -infinity<T> : row[q];
-    }
-    if (head.segments) {
-      const int32_t segment = head.segments[key];
-      for (int64_t q = 0; q < Q; ++q) row[q] = block.segments[q] == segment && segment != 0 ? row[q] : -infinity<T>;
-    }
-    finish(row, i);
-  }
+// A row of scores in vectors, one after the other.
+template <class T>
+inline constexpr int kRowVectors = kQueries<T> / VectorOf<T>::lanes;
+template <class T>
+GLAM_INLINE typename VectorOf<T>::type& part_of(T* row, int v) {
+  return *reinterpret_cast<typename VectorOf<T>::type*>(row + v * VectorOf<T>::lanes);
+}
+template <class T>
+GLAM_INLINE typename VectorOf<T>::type part_of(const T* row, int v) {
+  return *reinterpret_cast<const typename VectorOf<T>::type*>(row + v * VectorOf<T>::lanes);
+}
+template <class T>
+GLAM_INLINE typename VectorOf<T>::type all_of(T value) {
+  return typename VectorOf<T>::type{} + value;
+}
+template <class T>
+GLAM_INLINE typename VectorOf<T>::type flush(typename VectorOf<T>::type probability) {
+  return probability < all_of(smallest_normal<T>) ? typename VectorOf<T>::type{} : probability;
 }
 
-// One row of scores becomes probabilities; delta += probability * d loss / d probability. With a cap, slope receives
-// d score / d (<k, q> + bias).
+// Part v of a key's row of scores: <k, q> becomes cap(<k, q> + bias), -infinity where masked.
 template <class T>
-inline void reduce_scores(const AttentionHead<T>& head, const T* shift, const T* grad, T* row, T* slope, T* delta) {
-  constexpr int64_t Q = kQueries<T>;
+GLAM_INLINE typename VectorOf<T>::type finish_scores(const AttentionHead<T>& head, const Block<T>& block, int64_t key,
+                                                     int v, typename VectorOf<T>::type score) {
+  using Vector = typename VectorOf<T>::type;
+  using Integers = typename VectorOf<IntegersAs<T>>::type;
+  constexpr int lanes = VectorOf<T>::lanes;
+  const int64_t ahead = key - block.position;
+  score += part_of(head.line - ahead, v);
   if (head.logit_cap > T(0)) {
-    for (int64_t q = 0; q < Q; ++q) {
-      const T capped = row[q] / head.logit_cap;
-      slope[q] = T(1) - capped * capped;
-    }
+    for (int l = 0; l < lanes; ++l) score[l] = finish_logit(head, score[l]);
   }
-  for (int64_t q = 0; q < Q; ++q) row[q] = flush(exp(row[q] - shift[q]));
-  for (int64_t q = 0; q < Q; ++q) delta[q] += row[q] * grad[q];
+  const Vector masked = all_of(-infinity<T>);
+  if (ahead > 0) {
+    const auto query = [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return Integers{kLane...} + static_cast<IntegersAs<T>>(v * lanes);
+    }(std::make_integer_sequence<int, lanes>());
+    score = query < static_cast<IntegersAs<T>>(ahead) ? masked : score;
+  }
+  if (head.segments) {
+    const IntegersAs<T> segment = head.segments[key];
+    score = part_of(block.segments, v) == segment && segment != 0 ? score : masked;
+  }
+  return score;
 }
 
-// d loss / d probability becomes d loss / d (<k, q> + bias), which is also added to `line`.
-template <class T>
-inline void differentiate_scores(const AttentionHead<T>& head, const T* delta, const T* row, const T* slope, T* grad,
-                                 T* line) {
-  constexpr int64_t Q = kQueries<T>;
-  // What is masked has no probability and no slope.
-  for (int64_t q = 0; q < Q; ++q) grad[q] = row[q] == T(0) ? T(0) : row[q] * (grad[q] - delta[q]);
-  if (head.logit_cap > T(0)) {
-    for (int64_t q = 0; q < Q; ++q) grad[q] = row[q] == T(0) ? T(0) : grad[q] * slope[q];
-  }
-  for (int64_t q = 0; q < Q; ++q) line[q] += grad[q];
+// With a cap, of part v of a row: d score / d (<k, q> + bias).
+template <class T, class Vector>
+GLAM_INLINE void put_slopes(const AttentionHead<T>& head, Vector score, T* slopes, int v) {
+  const Vector capped = score / head.logit_cap;
+  part_of(slopes, v) = T(1) - capped * capped;
 }
 
 }  // namespace glam::cpu::GLAM_ISA

@@ -9,15 +9,21 @@ namespace glam::cpu::GLAM_ISA {
 // Up to this many queries, a block of kQueries columns would be mostly empty: see attend_one.
 inline constexpr int64_t kFewQueries = 4;
 
+// Rows of gradients are added by distance, each to a line one element further: a line of its own for the next few, for what
+// has just been stored is not loaded at once.
+inline constexpr int64_t kLines = 4;
+
 template <class T, class Format>
 struct HeadKernels {
   using Element = typename Format::Element;
+  using Vector = typename VectorOf<T>::type;
   static constexpr int64_t Q = kQueries<T>;
+  static constexpr int kVectors = kRowVectors<T>;
 
   // What a forward pass works in. `keys` and `values` hold all keys.
   struct Forward {
     Element *keys, *values, *q_panel, *probabilities;
-    T *scores, *out, *row;
+    T *scores, *out;
 
     Forward(Carver& carve, int64_t num_keys, int64_t A) {
       keys = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
@@ -26,7 +32,6 @@ struct HeadKernels {
       probabilities = carve.take<Element>(steps_of<Format>(kKeys) * Q);
       scores = carve.take<T>(round_up_to_tiles(num_keys) * Q);
       out = carve.take<T>(round_up_to_tiles(A) * Q);
-      row = carve.take<T>(A);
     }
   };
 
@@ -94,42 +99,57 @@ struct HeadKernels {
     for (int64_t query = begin; query < end; query += Q) {
       const Block<T> block = make_block(head, query, end);
       pack_strips<Format, Q>(rows_at(head.q, head.type, head.q_stride, query), 0, block.valid, A, work.q_panel);
-      T shift[Q], sum[Q];
-      for (int64_t q = 0; q < Q; ++q) shift[q] = head.extra_logit ? T(0) : -infinity<T>;
+      const T none = head.extra_logit ? T(0) : -infinity<T>;
+      Vector largest[kVectors];
+      for (Vector& part : largest) part = all_of(none);
       for_keys(block, [&](int64_t first, int64_t count) {
         T* const scores = work.scores + (first - block.key_begin) * Q;
         multiply_strips(count, steps, work.keys + first * depth, kTileRows * depth, work.q_panel, scores, Q, true);
-        finish_scores(head, block, first, count, scores, [&](const T* row, int64_t) {
-          for (int64_t q = 0; q < Q; ++q) shift[q] = row[q] > shift[q] ? row[q] : shift[q];
-        });
+        for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            Vector& score = part_of(scores + i * Q, v);
+            const Vector finished = finish_scores(head, block, first + i, v, score);
+            largest[v] = finished > largest[v] ? finished : largest[v];
+            score = finished;
+          }
+        }
       });
-      for (int64_t q = 0; q < Q; ++q) shift[q] = shift[q] == -infinity<T> ? T(0) : shift[q];
-      // The extra logit 0 comes first.
-      for (int64_t q = 0; q < Q; ++q) sum[q] = head.extra_logit ? exp(-shift[q]) : T(0);
+      T shift[Q], sum[Q];
+      Vector shifts[kVectors], sums[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        shifts[v] = largest[v] == -infinity<T> ? Vector{} : largest[v];
+        // The extra logit 0 comes first.
+        sums[v] = head.extra_logit ? exp(-shifts[v]) : Vector{};
+      }
       for (int64_t i = 0; i < round_up_to_tiles(A) * Q; ++i) work.out[i] = T(0);
       for_keys(block, [&](int64_t first, int64_t count) {
         T* const scores = work.scores + (first - block.key_begin) * Q;
-        for (int64_t i = 0; i < count; ++i) {
-          T* const row = scores + i * Q;
-          for (int64_t q = 0; q < Q; ++q) row[q] = exp(row[q] - shift[q]);
-          for (int64_t q = 0; q < Q; ++q) sum[q] += row[q];
-          for (int64_t q = 0; q < Q; ++q) row[q] = flush(row[q]);
-        }
-        const Element* const panel = panel_of_scores(Format(), scores, count, work.probabilities);
+        make_rows<Format>(count, scores, nullptr, work.probabilities, [&](int64_t i, T* row) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            const Vector probability = exp(part_of(scores + i * Q, v) - shifts[v]);
+            sums[v] += probability;
+            part_of(row, v) = flush<T>(probability);
+          }
+        });
+        const Element* const panel = side_of<Format>(scores, work.probabilities);
         add_over_keys<Format>(A, num_keys, work.values, first, count, panel, work.out);
       });
+      for (int v = 0; v < kVectors; ++v) part_of(shift, v) = shifts[v], part_of(sum, v) = sums[v];
       for (int64_t i = 0; lse && i < block.valid; ++i) lse[query - begin + i] = log_of_sum(sum[i], shift[i]);
       for (int64_t q = 0; q < Q; ++q) sum[q] = inverse_of_sum(sum[q]);
-      store_transposed(work.out, block.valid, A, sum, work.row, advance(out, head.type, (query - begin) * out_stride),
-                       head.type, out_stride);
+      store_transposed(work.out, block.valid, A, sum, advance(out, head.type, (query - begin) * out_stride), head.type,
+                       out_stride);
     }
     end_products();
   }
 
   struct Backward {
     Element *keys, *values, *key_columns, *q_panel, *grad_panel, *q_rows, *grad_rows, *left, *right;
-    T *grad_k, *grad_v, *scores, *grad_scores, *slopes, *grad_q, *row;
-    int64_t wide;  // A in whole panels
+    T *grad_k, *grad_v, *scores, *grad_scores, *slopes, *grad_q, *lines;
+    int64_t wide;         // A in whole panels
+    int64_t line_stride;  // of kLines sums by distance, each padded as the bias line
 
     Backward(Carver& carve, int64_t num_keys, int64_t A) : wide(padded_columns<T>(A)) {
       keys = carve.take<Element>(round_up_to_tiles(num_keys) * Format::steps(A));
@@ -148,7 +168,8 @@ struct HeadKernels {
       grad_scores = carve.take<T>(rows * Q);
       slopes = carve.take<T>(num_keys * Q);
       grad_q = carve.take<T>(round_up_to_tiles(A) * Q);
-      row = carve.take<T>(A);
+      line_stride = num_keys + 2 * kLinePadding;
+      lines = carve.take<T>(kLines * line_stride);
     }
   };
 
@@ -169,6 +190,7 @@ struct HeadKernels {
     pack_left_strips<Format>(rows_at(head.v, type, head.v_stride, 0), 0, S, A, work.values);
     load_columns<Format>(rows_at(head.k, type, head.k_stride, 0, true), A, S, work.key_columns);
     for (int64_t i = 0; i < round_up_to_tiles(S) * work.wide; ++i) work.grad_k[i] = work.grad_v[i] = T(0);
+    for (int64_t i = 0; i < kLines * work.line_stride; ++i) work.lines[i] = T(0);
     T ones[Q];
     for (T& one : ones) one = T(1);
 
@@ -183,40 +205,63 @@ struct HeadKernels {
       // The same rows as the k of products with scores.
       pack_strips<Format, Q>(q_at(true), 0, A, block.valid, work.q_rows);
       pack_strips<Format, Q>(grad_at(true), 0, A, block.valid, work.grad_rows);
-      T shift[Q], delta[Q] = {};
+      T shift[Q];
       for (int64_t q = 0; q < Q; ++q) shift[q] = q < block.valid ? gradients.lse[query + q] : infinity<T>;
-      // Not <out, grad_out>: out is rounded.
+      Vector shifts[kVectors], delta[kVectors] = {};  // not <out, grad_out>: out is rounded
+      for (int v = 0; v < kVectors; ++v) shifts[v] = part_of(shift, v);
       for_keys(block, [&](int64_t first, int64_t count) {
         T* const scores = work.scores + first * Q;
         T* const grad_scores = work.grad_scores + first * Q;
         const int64_t strip = kTileRows * depth;
         multiply_strips(count, steps, work.keys + first * depth, strip, work.q_panel, scores, Q, true);
         multiply_strips(count, steps, work.values + first * depth, strip, work.grad_panel, grad_scores, Q, true);
-        finish_scores(head, block, first, count, scores, [&](T* row, int64_t i) {
-          reduce_scores(head, shift, grad_scores + i * Q, row, work.slopes + (first + i) * Q, delta);
+        make_rows<Format>(count, scores, work.left, nullptr, [&](int64_t i, T* row) {
+          T* const probabilities = scores + i * Q;
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            const Vector score = finish_scores(head, block, first + i, v, part_of(probabilities, v));
+            if (head.logit_cap > T(0)) put_slopes(head, score, work.slopes + (first + i) * Q, v);
+            const Vector probability = flush<T>(exp(score - shifts[v]));
+            delta[v] += probability * part_of(grad_scores + i * Q, v);
+            part_of(probabilities, v) = probability;
+            if (row != probabilities) part_of(row, v) = probability;
+          }
         });
+        add_over_queries<Format>(count, block.valid, A, side_of<Format>(scores, work.left), work.grad_rows,
+                                 work.grad_v + first * work.wide, work.wide);
       });
       for (int64_t i = 0; i < round_up_to_tiles(A) * Q; ++i) work.grad_q[i] = T(0);
       for_keys(block, [&](int64_t first, int64_t count) {
         const T* const scores = work.scores + first * Q;
-        T* const grads = work.grad_scores + first * Q;
-        for (int64_t i = 0; i < count; ++i) {
-          differentiate_scores(head, delta, scores + i * Q, work.slopes + (first + i) * Q, grads + i * Q,
-                               gradients.grad_line + (block.position - first - i));
-        }
-        const Element* const panel = panel_of_scores(Format(), grads, count, work.right);
-        add_over_keys<Format>(A, S, work.key_columns, first, count, panel, work.grad_q);
-        const Element* const grad_scores = rows_of_scores(Format(), grads, count, work.left);
-        add_over_queries<Format>(count, block.valid, A, grad_scores, work.q_rows, work.grad_k + first * work.wide,
-                                 work.wide);
-        const Element* const probabilities = rows_of_scores(Format(), scores, count, work.left);
-        add_over_queries<Format>(count, block.valid, A, probabilities, work.grad_rows, work.grad_v + first * work.wide,
-                                 work.wide);
+        T* const grad_scores = work.grad_scores + first * Q;
+        make_rows<Format>(count, grad_scores, work.left, work.right, [&](int64_t i, T* row) {
+          const int64_t distance = block.position - first - i;
+          T* const line = work.lines + i % kLines * work.line_stride + kLinePadding + distance;
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            // What is masked has no probability and no slope.
+            const Vector probability = part_of(scores + i * Q, v);
+            Vector grad = probability * (part_of(grad_scores + i * Q, v) - delta[v]);
+            if (head.logit_cap > T(0)) grad *= part_of(work.slopes + (first + i) * Q, v);
+            grad = probability == T(0) ? Vector{} : grad;
+            part_of(row, v) = grad;
+            part_of(line, v) += grad;
+          }
+        });
+        add_over_keys<Format>(A, S, work.key_columns, first, count, side_of<Format>(grad_scores, work.right),
+                              work.grad_q);
+        add_over_queries<Format>(count, block.valid, A, side_of<Format>(grad_scores, work.left), work.q_rows,
+                                 work.grad_k + first * work.wide, work.wide);
       });
-      store_transposed(work.grad_q, block.valid, A, ones, work.row,
-                       advance(gradients.grad_q, type, query * gradients.out_stride), type, gradients.out_stride);
+      store_transposed(work.grad_q, block.valid, A, ones, advance(gradients.grad_q, type, query * gradients.out_stride),
+                       type, gradients.out_stride);
     }
     end_products();
+    for (int64_t i = 0; i < work.line_stride; ++i) {
+      for (int64_t line = 0; line < kLines; ++line) {
+        gradients.grad_line[i - kLinePadding] += work.lines[line * work.line_stride + i];
+      }
+    }
     for (int64_t key = 0; key < S; ++key) {
       const int64_t to = key * gradients.out_stride;
       store_values(work.grad_k + key * work.wide, A, advance(gradients.grad_k, type, to), type);

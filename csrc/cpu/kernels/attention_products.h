@@ -15,9 +15,9 @@ inline constexpr int64_t kQueries = kTileColumns<T>;
 static_assert(kQueries<float> <= kLinePadding, "the bias line is padded for a whole block of queries");
 
 // Keys at a time: whole tiles of them, whose scores, gradients and panels stay in the L1 and L2 caches. Even, for bfloat16
-// takes pairs.
+// takes pairs. With AMX more, for tile registers that were long not stored are slow (gemm_tiles.h).
 #if defined(__AVX512F__)
-inline constexpr int64_t kKeys = 4 * kTileRows;
+inline constexpr int64_t kKeys = (GLAM_AMX ? 8 : 4) * kTileRows;
 #elif defined(__AVX2__)
 inline constexpr int64_t kKeys = 9 * kTileRows;
 #else
@@ -35,11 +35,23 @@ inline constexpr int64_t steps_of(int64_t depth) {
 inline void begin_products() { tiles::configure(); }
 inline void end_products() { tiles::release(); }
 
-// c[whole tiles of rows][kQueries] (+)= A panel; A in strips of tiles, `strip` elements apart.
+// c[whole tiles of rows][kQueries] (+)= A panel; A in strips of tiles, `strip` elements apart. A strip is fetched into the
+// first-level cache while the one before it is multiplied, and the sums that are added to.
 inline void multiply_strips(int64_t rows, int64_t steps, const uint32_t* a, int64_t strip, const uint32_t* panel,
                             float* c, int64_t c_stride, bool first) {
-  for (int64_t row = 0; row < rows; row += kTileRows, a += strip) {
-    multiply_tile(rows - row, steps, a, panel, c + row * c_stride, c_stride, first, [] {});
+  constexpr int64_t kLineElements = kLine / sizeof(uint32_t), kBlock = kTileRows * tiles::kColumns;
+  for (int64_t row = 0; row < rows; row += kTileRows, a += strip, c += kTileRows * c_stride) {
+    const bool is_last = row + kTileRows >= rows;
+    const uint32_t* next = a + strip;
+    if (!first && !is_last) {
+      for (int64_t i = kTileRows; i < 2 * kTileRows; ++i) {
+        for (int64_t j = 0; j < kTileColumns<float>; j += kLineElements) __builtin_prefetch(c + i * c_stride + j, 1);
+      }
+    }
+    multiply_tile(rows - row, steps, a, panel, c, c_stride, first, [&] {
+      for (int64_t i = 0; i < kBlock && !is_last; i += kLineElements) __builtin_prefetch(next + i);
+      next += kBlock;
+    });
   }
 }
 

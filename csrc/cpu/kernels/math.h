@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/kernels/vector.h"
+
 #define GLAM_INLINE inline __attribute__((always_inline))
 
 namespace glam::cpu::GLAM_ISA {
@@ -29,36 +31,91 @@ GLAM_INLINE double multiply_add(double a, double b, double c) {
 #endif
 }
 
+#if defined(__AVX512F__)
+GLAM_INLINE VectorOf<float>::type multiply_add(VectorOf<float>::type a, VectorOf<float>::type b,
+                                               VectorOf<float>::type c) {
+  return (VectorOf<float>::type)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif defined(__FMA__) && !defined(GLAM_EMULATE_AVX512BF16)
+GLAM_INLINE VectorOf<float>::type multiply_add(VectorOf<float>::type a, VectorOf<float>::type b,
+                                               VectorOf<float>::type c) {
+  return (VectorOf<float>::type)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#else
+GLAM_INLINE VectorOf<float>::type multiply_add(VectorOf<float>::type a, VectorOf<float>::type b,
+                                               VectorOf<float>::type c) {
+  for (int l = 0; l < VectorOf<float>::lanes; ++l) c[l] = multiply_add(a[l], b[l], c[l]);
+  return c;
+}
+#endif
+
 namespace math {
 
+// int32_t for a float, and a vector of them for a vector.
+template <class V>
+struct IntegersOf {
+  using type = decltype(V{} < V{});
+};
+template <>
+struct IntegersOf<float> {
+  using type = int32_t;
+};
+template <class V>
+using Integers = typename IntegersOf<V>::type;
+
 // 2^n for n in [-126, 127].
-GLAM_INLINE float power_of_two(int32_t n) { return __builtin_bit_cast(float, (n + 127) << 23); }
+template <class V, class N>
+GLAM_INLINE V power_of_two(N n) {
+  return __builtin_bit_cast(V, (n + 127) << 23);
+}
+
+// value * 2^n, rounded once, for n in [-150, 129]; both are integers.
+template <class V>
+GLAM_INLINE V scale_by_power(V value, V, Integers<V> n) {
+  const Integers<V> half = n >> 1;  // 2^n itself may be out of range
+  return value * power_of_two<V>(half) * power_of_two<V>(n - half);
+}
+#if defined(__AVX512F__)
+GLAM_INLINE VectorOf<float>::type scale_by_power(VectorOf<float>::type value, VectorOf<float>::type n,
+                                                 Integers<VectorOf<float>::type>) {
+  return (VectorOf<float>::type)_mm512_scalef_ps((__m512)value, (__m512)n);
+}
+#endif
+
+// Of a float, or of each in a vector.
+template <class V>
+GLAM_INLINE V exp_of_floats(V x) {
+  const auto all = [](float value) { return V{} + value; };
+  // Below the lower bound the result is 0, above the upper one infinity; a NaN passes both comparisons.
+  const V clamped = x < all(-104.f) ? all(-104.f) : x > all(89.f) ? all(89.f) : x;
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  constexpr float kRound = 12582912.f;
+  const V shifted = multiply_add(clamped, all(1.44269504f), all(kRound));
+  const V n = shifted - kRound;
+  const Integers<V> exponent = __builtin_bit_cast(Integers<V>, shifted) - __builtin_bit_cast(int32_t, kRound);
+  // ln 2 in two parts; n times the first is exact.
+  const V r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), clamped));
+  V p = all(0.001381446490995586f);
+  p = multiply_add(p, r, all(0.008368780836462975f));
+  p = multiply_add(p, r, all(0.04166839271783829f));
+  p = multiply_add(p, r, all(0.1666651964187622f));
+  p = multiply_add(p, r, all(0.4999999403953552f));
+  const V value = 1.f + multiply_add(r * r, p, r);
+  return scale_by_power(value, n, exponent);
+}
 
 }  // namespace math
 
+// Of a number, or of each in a vector.
 template <class T>
 GLAM_INLINE T exp(T x) {
-  if constexpr (sizeof(T) == sizeof(double)) {
+  if constexpr (std::is_same_v<T, double>) {
     return std::exp(x);
+  } else if constexpr (std::is_same_v<T, typename VectorOf<double>::type>) {
+    for (int l = 0; l < VectorOf<double>::lanes; ++l) x[l] = std::exp(x[l]);
+    return x;
   } else {
-    // Below the lower bound the result is 0, above the upper one infinity; a NaN passes both comparisons.
-    const float clamped = x < -104.f ? -104.f : x > 89.f ? 89.f : x;
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-    constexpr float kRound = 12582912.f;
-    const float shifted = multiply_add(clamped, 1.44269504f, kRound);
-    const float n = shifted - kRound;
-    const int32_t exponent = __builtin_bit_cast(int32_t, shifted) - __builtin_bit_cast(int32_t, kRound);
-    // ln 2 in two parts; n times the first is exact.
-    const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, clamped));
-    float p = 0.001381446490995586f;
-    p = multiply_add(p, r, 0.008368780836462975f);
-    p = multiply_add(p, r, 0.04166839271783829f);
-    p = multiply_add(p, r, 0.1666651964187622f);
-    p = multiply_add(p, r, 0.4999999403953552f);
-    const float value = 1.f + multiply_add(r * r, p, r);
-    // In two steps: 2^exponent itself may be out of range.
-    const int32_t half = exponent >> 1;
-    return value * math::power_of_two(half) * math::power_of_two(exponent - half);
+    return math::exp_of_floats(x);
   }
 }
 
