@@ -42,7 +42,7 @@ def tokens(count: int) -> Tensor:
 
 
 def layer_call(x: Tensor, parameters: Sequence[Tensor]) -> Callable[[], None]:
-    return functools.partial(step, (functools.partial(glam_layer, x, *parameters), [x, *parameters]), False)
+    return functools.partial(step, (functools.partial(glam_layer, x, *parameters), [x, *parameters]))
 
 
 def growth(repeats: int, copy: float) -> None:
@@ -72,9 +72,7 @@ def skew(repeats: int) -> None:
     # The first choice of every token: half of all rows.
     crowded = torch.stack([torch.zeros_like(turn), 1 + turn % 63], dim=1)
     calls = {
-        name: functools.partial(
-            step, (functools.partial(skewed_layer, x, gates, ids, wi, wo), [x, gates, wi, wo]), False
-        )
+        name: functools.partial(step, (functools.partial(skewed_layer, x, gates, ids, wi, wo), [x, gates, wi, wo]))
         for name, ids in {"balanced": balanced, "skewed": crowded}.items()
     }
     seconds = medians(calls, repeats)
@@ -124,7 +122,7 @@ def copies(repeats: int) -> None:
 def memory(experts: int) -> None:
     """Of the first step of a process that has run only a small one."""
     small = [torch.randn(*size, requires_grad=True) for size in ((64, 64), (64, 4), (4, 64, 128), (4, 128, 64))]
-    step((functools.partial(glam_layer, *small), small), False)
+    step((functools.partial(glam_layer, *small), small))
     x, parameters = tokens(T), weights(experts)
     call = layer_call(x, parameters)
     gc.collect()
