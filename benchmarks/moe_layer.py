@@ -134,6 +134,7 @@ def layers(experts: int, dtype: torch.dtype) -> dict[str, Layer]:
 
 
 def step(layer: Layer, gradients: str = "fresh") -> None:
+    assert gradients in ("fresh", "added", "added in place"), gradients
     forward, inputs = layer
     y = forward()
     with accumulate_in_place() if gradients == "added in place" else contextlib.nullcontext():
