@@ -33,10 +33,10 @@ struct Block {
   bool is_offered = false;  // to the system
 };
 
-Block new_block(size_t bytes) {
+void* allocate_or_throw(size_t bytes) {
   void* const data = allocate_huge_pages(bytes);
   TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "glam: expected ", bytes, " bytes of memory, got none");
-  return {data, bytes};
+  return data;
 }
 
 class LargeMemory final : public c10::Allocator {
@@ -57,8 +57,8 @@ class LargeMemory final : public c10::Allocator {
  private:
   using Kept = std::list<Block>;
 
-  // The smallest kept block that is large enough and not much larger, of several the last one that was freed, which may still
-  // be in a cache; or a new one.
+  // The smallest kept block that is large enough and not much larger, of several the last one that was freed, which may
+  // still be in a cache; or a new one.
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
@@ -76,7 +76,7 @@ class LargeMemory final : public c10::Allocator {
         return block;
       }
     }
-    const Block block = new_block(bytes);
+    const Block block{allocate_or_throw(bytes), bytes};
     const std::lock_guard lock(mutex_);
     use(bytes);
     return block;
@@ -152,7 +152,7 @@ class LastingMemory final : public c10::Allocator {
     return memory;
   }
   c10::DataPtr allocate(size_t bytes) override {
-    void* const data = new_block(bytes).data;
+    void* const data = allocate_or_throw(bytes);
     return {data, data, &std::free, c10::Device(c10::kCPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }

@@ -1,4 +1,4 @@
-// Memory for large tensors, in huge pages: reading small ones takes up to one and a half times as long.
+// Memory for large tensors, in huge pages: reading small ones takes up to 1.6 times as long.
 //
 // Of tensors that every step makes anew (gradients of expert weights, activations), a pool. Fresh pages cost more than the
 // arithmetic whose results fill them: the system zeroes them one by one, and gathers huge ones first. So a block that is

@@ -1,4 +1,5 @@
-// Measures exp, tanh and log of csrc/cpu/kernels/math.h against double, and compares vectorised loops and vectors with single calls.
+// Measures exp, tanh and log of csrc/cpu/kernels/math.h against double, and compares vectorised loops and vectors with
+// single calls.
 // Usage: math_kernels STRIDE tests every STRIDE-th float; prints one line "name largest-error mismatches" per function.
 
 #include "cpu/kernels/math.h"

@@ -118,6 +118,7 @@ inline void store_transposed(const T* c, int64_t queries, int64_t A, const T* fa
 
 // Blocks ---------------------------------------------------------------------------------------------------------
 
+// As wide as T: compared in vectors of as many lanes.
 template <class T>
 using IntegersAs = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
 
