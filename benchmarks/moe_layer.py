@@ -44,7 +44,7 @@ def top2(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def glam_layer(x: Tensor, router: Tensor, wi: Tensor, wo: Tensor) -> Tensor:
     glam = torch.ops.glam
-    gates, ids, positions, _ = glam.top2_gating(glam.linear(x.float(), router), None, None, -1)
+    gates, ids, positions, _ = glam.top2_gating(glam.router_logits(x, router), None, None, -1)
     return glam.moe_mlp(x, gates, *glam.routing_plan(ids, positions, wi.shape[0]), wi, wo, None, "relu")
 
 

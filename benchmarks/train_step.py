@@ -142,7 +142,7 @@ def print_profile(step: Callable[[], None], bound: dict[str, float]) -> None:
     seconds: dict[str, float] = collections.Counter()
     for event in profiler.key_averages():
         found = [op for op, names in PARTS.items() if any(name in event.key for name in names)]
-        # linear is also the router's and in the loss's name.
+        # linear is also in the loss's name.
         seconds[found[-1] if found else event.key] += event.self_cpu_time_total / 1e6
     for name, value in sorted(seconds.items(), key=lambda item: -item[1])[:16]:
         against = f"{value / bound[name]:.2f} of its bound" if name in bound else ""

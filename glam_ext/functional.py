@@ -129,13 +129,14 @@ def router_logits(
     h_TD: Tensor, router_DE: Tensor, layer: int, options: Options, training: bool, random: List[int]
 ) -> Tensor:
     """[T, E] in float32 (float64 for a float64 model), with jitter in training and the cap where configured."""
-    h = torch.ops.glam.to_compute_dtype(h_TD, "float32")
+    h = h_TD
     if training and options.router_jitter > 0.0:
         index = torch.arange(h.numel(), device=h.device).view(h.shape) + random[2] * h.size(1)
         stream = (random[1] * options.num_layers + layer) * 2 + 1
         uniform = torch.ops.glam.counter_uniform(random[0], stream, index)
-        h = h * (1.0 + options.router_jitter * (2.0 * uniform - 1.0))
-    z_TE = torch.ops.glam.linear(h, router_DE)
+        wide = torch.ops.glam.to_compute_dtype(h, "float32")
+        h = wide * (1.0 + options.router_jitter * (2.0 * uniform - 1.0))
+    z_TE = torch.ops.glam.router_logits(h, router_DE)
     if options.router_logit_cap > 0.0:
         z_TE = options.router_logit_cap * torch.tanh(z_TE / options.router_logit_cap)
     return z_TE

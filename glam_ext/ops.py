@@ -159,6 +159,17 @@ def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.glam.linear_wide(x, weight)
 
 
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """What `top2_gating` takes: x [..., D] times weight [D, E], multiplied in float32 (float64 for float64 x).
+
+    The bits of `linear(x.float(), weight)` and of its gradients, without x in float32; autocast does not round it.
+    Routing in float32 beside 16-bit activations: Switch Transformer (arXiv 2101.03961, section 2.4).
+
+    Returns: [..., E], float32 or float64. The gradients have the dtypes of x and of the weight.
+    """
+    return torch.ops.glam.router_logits(x, weight)
+
+
 def expert_mlp(
     rows: Tensor, offsets: Tensor, wi: Tensor, wo: Tensor, wg: Tensor | None = None, activation: str = "relu"
 ) -> Tensor:

@@ -81,14 +81,14 @@ MoEImpl::MoEImpl(const GLaMConfig& config, int64_t layer, torch::Device device, 
 }
 
 Tensor MoEImpl::router_logits(const Tensor& h_TD, bool training, const Randomness& random) const {
-  Tensor h = h_TD.scalar_type() == torch::kDouble ? h_TD : h_TD.to(torch::kFloat);
+  Tensor h = h_TD;
   if (training && config_.router_jitter > 0) {
     const Tensor index =
         torch::arange(h.numel(), torch::device(h.device())).view(h.sizes()) + random.first_token * h.size(1);
     const Tensor uniform = counter_uniform(random.seed, stream_of(random, config_, layer_, 1), index);
-    h = h * ((uniform * 2. - 1.) * config_.router_jitter + 1.);
+    h = to_compute_dtype(h, "float32") * ((uniform * 2. - 1.) * config_.router_jitter + 1.);
   }
-  Tensor z_TE = glam::linear(h, router);
+  Tensor z_TE = glam::router_logits(h, router);
   const double cap = config_.router_logit_cap;
   if (cap > 0) z_TE = torch::tanh(z_TE / cap) * cap;
   return z_TE;

@@ -15,6 +15,7 @@ void expert_mlp(const char* op, const Tensor& rows, const Tensor& offsets, const
 void moe_mlp(const Tensor& x, const Tensor& gates, const Tensor& row_of_choice, const Tensor& choice_of_row,
              const Tensor& offsets, const Tensor& wi, const Tensor& wo, const OptionalTensor& wg,
              c10::string_view activation);
+void router_logits(const Tensor& x, const Tensor& weight);
 void rms_norm(const Tensor& x, const Tensor& scale);
 void embedding(const Tensor& ids, const Tensor& table);
 // nll and lse have no gradient. One that arrives all the same is looked at, which waits for its device.

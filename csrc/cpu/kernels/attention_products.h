@@ -2,8 +2,6 @@
 // core over the queries, or over A; left sides are keys, values and scores.
 #pragma once
 
-#include <utility>
-
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/gemm_tiles.h"
 
@@ -94,71 +92,6 @@ inline constexpr int64_t steps_of(int64_t depth) {
 
 inline void begin_products() {}
 inline void end_products() {}
-
-// Element (row, step) of A at a[row * kRowStride + step * step_stride].
-template <int ROWS, int kRowStride, class Element, class Sum>
-inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_stride, const Element* panel, Sum* c,
-                               int64_t c_stride, bool first) {
-  using Vector = typename VectorOf<Sum>::type;
-  constexpr int lanes = VectorOf<Sum>::lanes, kVectors = kTileColumns<Sum> / lanes;
-  Vector sum[ROWS][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = first ? Vector{} : *reinterpret_cast<const Vector*>(c + i * c_stride + j * lanes);
-    }
-  }
-  for (int64_t step = 0; step < steps; ++step, a += step_stride) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        const Element* const right = panel + step * kTileColumns<Sum> + j * lanes;
-        accumulate(a[i * kRowStride], *reinterpret_cast<const typename VectorOf<Element>::type*>(right), sum[i][j]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) *reinterpret_cast<Vector*>(c + i * c_stride + j * lanes) = sum[i][j];
-  }
-}
-
-// `rows` of such rows, 1 to kTileRows.
-template <int kRowStride, class Element, class Sum>
-inline void multiply_some_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* panel,
-                               Sum* c, int64_t c_stride, bool first) {
-  const auto run = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-    ((rows == kRows + 1 &&
-      (multiply_rows_tile<kRows + 1, kRowStride>(steps, a, step_stride, panel, c, c_stride, first), true)) ||
-     ...);
-  };
-  run(std::make_integer_sequence<int, kTileRows>());
-}
-
-// c[rows][the panel's columns] (+)= A B for any number of rows, in tiles of nearly one size: the chains of kernels/gemm.h.
-template <int kRowStride, class Element, class Sum>
-inline void multiply_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* panel,
-                          Sum* c, int64_t c_stride, bool first) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-    multiply_some_rows<kRowStride>(count, steps, a + row * kRowStride, step_stride, panel, c + row * c_stride, c_stride,
-                                   first);
-  }
-}
-
-// The same for A in strips of kTileRows rows, `strip` elements apart.
-template <class Element, class Sum>
-inline void multiply_strips(int64_t rows, int64_t steps, const Element* a, int64_t strip, const Element* panel, Sum* c,
-                            int64_t c_stride, bool first) {
-  for (int64_t row = 0; row < rows; row += kTileRows, a += strip) {
-    const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
-    multiply_some_rows<1>(count, steps, a, kTileRows, panel, c + row * c_stride, c_stride, first);
-  }
-}
 
 // out[step][width] = steps whose k are the operand's rows, columns [0, width).
 template <class Format>

@@ -14,61 +14,12 @@
 #pragma once
 
 #include "cpu/kernels/pack.h"
+#include "cpu/kernels/register_tile.h"
 
 namespace glam::cpu::GLAM_ISA {
 
 inline constexpr int64_t kLine = 64;         // bytes
 inline constexpr int64_t kBlockSteps = 256;  // a B strip of one k block (32 KiB in AVX-512) stays in the L1 cache
-
-template <class T>
-inline void accumulate(T left, typename VectorOf<T>::type right, typename VectorOf<T>::type& sum) {
-  sum += left * right;
-}
-#if defined(__AVX512BF16__)
-inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<float>::type& sum) {
-  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
-}
-#elif defined(GLAM_EMULATE_AVX512BF16)
-inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<float>::type& sum) {
-  for (int l = 0; l < VectorOf<float>::lanes; ++l) {
-    const uint32_t pair = right[l];
-    sum[l] = __builtin_fmaf(__builtin_bit_cast(float, left & 0xffff0000u),
-                            __builtin_bit_cast(float, pair & 0xffff0000u), sum[l]);
-    sum[l] = __builtin_fmaf(__builtin_bit_cast(float, left << 16), __builtin_bit_cast(float, pair << 16), sum[l]);
-  }
-}
-#endif
-
-// c[ROWS][NR] (+)= a[steps][kTileRows] (first ROWS of each) times b[steps][NR].
-template <int ROWS, class Element, class Sum>
-inline void multiply_tile(int64_t steps, const Element* a, const Element* b, Sum* c, int64_t c_stride, bool first) {
-  using Vector = typename VectorOf<Sum>::type;
-  constexpr int lanes = VectorOf<Sum>::lanes;
-  Vector sum[ROWS][kTileVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; ++j) {
-      sum[i][j] = first ? Vector{} : *reinterpret_cast<const Vector*>(c + i * c_stride + j * lanes);
-    }
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j) {
-        const Element* const right = b + step * kTileColumns<Sum> + j * lanes;
-        accumulate(a[step * kTileRows + i], *reinterpret_cast<const typename VectorOf<Element>::type*>(right),
-                   sum[i][j]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; ++j) *reinterpret_cast<Vector*>(c + i * c_stride + j * lanes) = sum[i][j];
-  }
-}
 
 // c[padded rows][padded columns] = A B for packed panels. c_stride >= padded_columns(columns).
 template <class Element, class Sum>
@@ -100,11 +51,11 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t steps, const 
         Sum* const tile = c + i * c_stride + j;
         const int64_t valid = rows - i;
         if (valid == 1) {
-          multiply_tile<1>(part, a, b, tile, c_stride, step == 0);
+          multiply_rows_tile<1, 1>(part, a, kTileRows, b, tile, c_stride, step == 0);
         } else if (valid <= kTileRows / 2) {
-          multiply_tile<kTileRows / 2>(part, a, b, tile, c_stride, step == 0);
+          multiply_rows_tile<kTileRows / 2, 1>(part, a, kTileRows, b, tile, c_stride, step == 0);
         } else {
-          multiply_tile<kTileRows>(part, a, b, tile, c_stride, step == 0);
+          multiply_rows_tile<kTileRows, 1>(part, a, kTileRows, b, tile, c_stride, step == 0);
         }
       }
     }

@@ -111,6 +111,10 @@ at::Tensor ordered_all_reduce(const at::Tensor& x, std::string_view group);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
 at::Tensor linear_wide(const at::Tensor& x, const at::Tensor& weight);
 
+// What top2_gating takes: [..., E] = x [..., D] weight [D, E], multiplied and left in float32 (float64 for float64 x), with
+// autocast too. The bits of linear(x.to(float32), weight) and of its gradients, rounded to x's dtype and the weight's.
+at::Tensor router_logits(const at::Tensor& x, const at::Tensor& weight);
+
 // out[r] = act(rows[r] wi[e]) wo[e]; for "geglu" (gelu(rows[r] wg[e]) * (rows[r] wi[e])) wo[e]. activation: relu, gelu,
 // geglu. rows [R, D]; offsets int32 [S + 1]: segment s has rows [offsets[s], offsets[s + 1]) and expert s mod E; rows
 // after the last segment give 0. wi, wg [E, D, F], wo [E, F, D]; wg with geglu only.

@@ -1,4 +1,4 @@
-"""Samples of linear, geglu_mlp, rms_norm, embedding and linear_cross_entropy."""
+"""Samples of linear, router_logits, geglu_mlp, rms_norm, embedding and linear_cross_entropy."""
 
 from __future__ import annotations
 
@@ -99,6 +99,14 @@ LINEAR, LINEAR_WIDE = (
         library_product_on_cuda=True,
     )
     for name in ("linear", "linear_wide")
+)
+ROUTER_LOGITS = Op(
+    "router_logits",
+    one_output(routing.linear),
+    _linear_samples,
+    alone=cut_first,
+    row=first_dim_row,
+    library_product_on_cuda=True,
 )
 GEGLU_MLP = Op(
     "geglu_mlp", one_output(routing.geglu_mlp), _geglu_samples, weights=(1, 2, 3), alone=cut_first, row=first_dim_row
