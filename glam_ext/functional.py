@@ -327,7 +327,7 @@ def output_logits(h: Tensor, parameters: Dict[str, Tensor], options: Options) ->
     table = output_table(parameters, options)
     if table.dim() == 2:  # what is packed is the transposed table
         table = table.t()
-    logits = torch.ops.glam.linear_wide(h, table) * float(h.size(-1)) ** -0.5
+    logits = torch.ops.glam.linear_wide(h, table).mul_(float(h.size(-1)) ** -0.5)
     if options.logit_cap > 0.0:
         logits = options.logit_cap * torch.tanh(logits / options.logit_cap)
     return logits

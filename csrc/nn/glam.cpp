@@ -89,8 +89,8 @@ const Tensor& GLaMImpl::output_table() const { return config_.tie_embedding ? em
 
 Tensor GLaMImpl::output_logits(const Tensor& h) const {
   const Tensor& table_VD = output_table();
-  const Tensor logits = linear_wide(h, is_packed(table_VD) ? table_VD : table_VD.t()) *
-                        std::pow(static_cast<double>(config_.model_dim), -0.5);
+  const double scale = std::pow(static_cast<double>(config_.model_dim), -0.5);
+  const Tensor logits = linear_wide(h, is_packed(table_VD) ? table_VD : table_VD.t()).mul_(scale);
   return config_.logit_cap > 0 ? torch::tanh(logits / config_.logit_cap) * config_.logit_cap : logits;
 }
 
