@@ -111,7 +111,9 @@ template <class T>
 GLAM_INLINE T exp(T x) {
   if constexpr (std::is_same_v<T, double>) {
     return std::exp(x);
-  } else if constexpr (std::is_same_v<T, typename VectorOf<double>::type>) {
+  } else if constexpr (std::is_same_v<T, float>) {
+    return math::exp_of_floats(x);
+  } else if constexpr (sizeof(x[0]) == sizeof(double)) {
     for (int l = 0; l < VectorOf<double>::lanes; ++l) x[l] = std::exp(x[l]);
     return x;
   } else {
