@@ -25,18 +25,6 @@ inline const float* scales_of(const Operand& operand, int64_t column) {
   return reinterpret_cast<const float*>(strip_of(operand, column)) + column % kStripColumns;
 }
 
-// kWidth columns of one k, as floats.
-template <int kWidth>
-inline void load_stored(const Operand& operand, const char* strip, int64_t column, int64_t k, float* out) {
-  if (operand.type == Type::i8) {
-    const auto* const row = reinterpret_cast<const int8_t*>(strip) + (kScaleRows + k) * kStripColumns + column;
-    for (int i = 0; i < kWidth; ++i) out[i] = static_cast<float>(row[i]);
-  } else {
-    const auto* const row = reinterpret_cast<const uint16_t*>(strip) + k / 2 * 2 * kStripColumns + 2 * column + k % 2;
-    for (int i = 0; i < kWidth; ++i) out[i] = bf16_to_float(row[2 * i]);
-  }
-}
-
 // The words of one pair of k in a vector's columns of a strip: a bfloat16 number in each half, the even k in the lower.
 struct PairOfBf16 {
   static constexpr int64_t kBytes = 4;  // of a column
@@ -88,6 +76,19 @@ struct PairOfInt8 {
   }
 };
 
+// A pair in a vector's columns of a panel of `width`: one step, or two.
+template <class Format, class Words>
+inline void store_pair(Format, Words words, int64_t width, typename Format::Element* panel) {
+  using Vector = typename VectorOf<typename Format::Element>::type;
+  const auto store = [&](int64_t step, Words part) { *reinterpret_cast<Vector*>(panel + step * width) = (Vector)part; };
+  if constexpr (Format::kDepth == 2) {
+    store(0, words);
+  } else {
+    store(Format::first_k(0), words << 16);
+    store(Format::first_k(1), words & 0xffff0000u);
+  }
+}
+
 // Panels of columns [begin, end), both multiples of the panel's columns or the last one, for k from `first` (even) on: as
 // pack_strips, without the scales.
 template <class Format>
@@ -98,31 +99,21 @@ inline void pack_stored(const Operand& operand, int64_t begin, int64_t end, int6
   for (int64_t i = begin; i < end; i += kWidth, panels += steps * kWidth) {
     const char* const strip = strip_of(operand, i);
     const int64_t column = i % kStripColumns;
-    if constexpr (Format::kDepth == 2) {
-      using Words = typename VectorOf<uint32_t>::type;
-      const auto pack_pairs = [&]<class Pair>(Pair, const char* pair) {
-        constexpr int64_t kPairBytes = Pair::kBytes * kStripColumns;
-        for (int64_t step = 0; step < depth / 2; ++step, pair += kPairBytes) {
-          for (int64_t byte = 0; byte < kPairBytes; byte += kLine) __builtin_prefetch(pair + kStripAhead + byte);
-          for (int j = 0; j < kWidth; j += VectorOf<uint32_t>::lanes) {
-            *reinterpret_cast<Words*>(panels + step * kWidth + j) = Pair::load(pair, column + j);
-          }
+    const auto pack_pairs = [&]<class Pair>(Pair, const char* pair) {
+      constexpr int64_t kPairBytes = Pair::kBytes * kStripColumns;
+      for (int64_t p = 0; p < depth / 2; ++p, pair += kPairBytes) {
+        for (int64_t byte = 0; byte < kPairBytes; byte += kLine) __builtin_prefetch(pair + kStripAhead + byte);
+        for (int j = 0; j < kWidth; j += VectorOf<uint32_t>::lanes) {
+          store_pair(Format(), Pair::load(pair, column + j), kWidth, panels + p * (2 / Format::kDepth) * kWidth + j);
         }
-      };
-      if (operand.type == Type::bf16) {
-        pack_pairs(PairOfBf16(), strip + first * 2 * kStripColumns);
-      } else {
-        pack_pairs(PairOfInt8(), strip + (kScaleRows + first) * kStripColumns);
       }
-      for (int64_t word = depth / 2 * kWidth; word < steps * kWidth; ++word) panels[word] = 0;
+    };
+    if (operand.type == Type::bf16) {
+      pack_pairs(PairOfBf16(), strip + first * 2 * kStripColumns);
     } else {
-      float values[kWidth];
-      const float* const none = nullptr;
-      for (int64_t step = 0; step < steps; ++step) {
-        load_stored<kWidth>(operand, strip, column, first + Format::first_k(step), values);
-        store_step<kWidth>(Format(), values, none, panels + step * kWidth);
-      }
+      pack_pairs(PairOfInt8(), strip + (kScaleRows + first) * kStripColumns);
     }
+    for (int64_t i = depth / Format::kDepth * kWidth; i < steps * kWidth; ++i) panels[i] = 0;
   }
 }
 
