@@ -75,17 +75,7 @@ class Segments {
   int64_t num_experts_;
 };
 
-// [R, width] rows as the A side, starting at row `begin`.
-Operand rows_from(Operand rows, int64_t begin) {
-  if (rows.row_index) {
-    rows.row_index += begin;
-  } else {
-    rows.data = advance(rows.data, rows.type, begin * rows.row_stride);
-  }
-  return rows;
-}
-
-Output rows_from(Output rows, int64_t begin) {
+Output from_row(Output rows, int64_t begin) {
   rows.data = advance(rows.data, rows.type, begin * rows.row_stride);
   return rows;
 }
@@ -146,15 +136,13 @@ Hidden forward(const Operand& rows, const Tensor& like, const Segments& segments
   for (int64_t s = 0; s < segments.count(); ++s) {
     const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
     if (count == 0) continue;
-    const Operand a = rows_from(rows, begin);
-    up.push_back({a, weights.columns(weights.wi, e), rows_from(output_to(hidden.pre), begin), count, F, D});
+    const Operand a = from_row<T>(rows, begin);
+    up.push_back({a, weights.columns(weights.wi, e), from_row(output_to(hidden.pre), begin), count, F, D});
     if (weights.wg.defined()) {
-      up.push_back({a, weights.columns(weights.wg, e), rows_from(output_to(hidden.pre_gate), begin), count, F, D});
+      up.push_back({a, weights.columns(weights.wg, e), from_row(output_to(hidden.pre_gate), begin), count, F, D});
     }
-    Operand activated = hidden_operand(hidden.pre, hidden.pre_gate, activation);
-    activated = rows_from(activated, begin);
-    if (activated.gate) activated.gate = advance(activated.gate, activated.type, begin * activated.row_stride);
-    down.push_back({activated, weights.columns(weights.wo, e), rows_from(output_to(out), begin), count, D, F});
+    const Operand activated = from_row<T>(hidden_operand(hidden.pre, hidden.pre_gate, activation), begin);
+    down.push_back({activated, weights.columns(weights.wo, e), from_row(output_to(out), begin), count, D, F});
   }
   run_products<T>(up, weights.precision);
   run_products<T>(down, weights.precision);
@@ -175,7 +163,7 @@ Hidden backward_hidden(const Operand& grad, const Segments& segments, const Hidd
   std::vector<int64_t> first_row;
   for (int64_t s = 0; s < segments.count(); ++s) {
     if (segments.rows(s) == 0) continue;
-    through_wo.push_back({rows_from(grad, segments.begin(s)),
+    through_wo.push_back({from_row<T>(grad, segments.begin(s)),
                           weights.transposed_columns(weights.wo, segments.expert(s)), Output{}, segments.rows(s), F,
                           D});
     first_row.push_back(segments.begin(s));
@@ -214,11 +202,11 @@ Tensor backward_rows(const Segments& segments, const Hidden& grad_hidden, const 
   for (int64_t s = 0; s < segments.count(); ++s) {
     const int64_t begin = segments.begin(s), count = segments.rows(s), e = segments.expert(s);
     if (count == 0) continue;
-    through_wi.push_back({rows_from(outer_rows(grad_hidden.pre), begin), weights.transposed_columns(weights.wi, e),
-                          rows_from(output_to(grad_rows), begin), count, D, F});
+    through_wi.push_back({from_row<T>(outer_rows(grad_hidden.pre), begin), weights.transposed_columns(weights.wi, e),
+                          from_row(output_to(grad_rows), begin), count, D, F});
     if (weights.wg.defined()) {
-      through_wg.push_back({rows_from(outer_rows(grad_hidden.pre_gate), begin),
-                            weights.transposed_columns(weights.wg, e), rows_from(output_to(grad_rows, true), begin),
+      through_wg.push_back({from_row<T>(outer_rows(grad_hidden.pre_gate), begin),
+                            weights.transposed_columns(weights.wg, e), from_row(output_to(grad_rows, true), begin),
                             count, D, F});
     }
   }

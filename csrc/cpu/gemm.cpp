@@ -11,11 +11,13 @@
 namespace glam::cpu {
 namespace {
 
-constexpr int64_t kColumnsPerSlice = 1024;  // without an epilogue
-constexpr int64_t kPackedBytes = 4 << 20;   // of B panels packed at a time; a product with an epilogue is whole
-constexpr int64_t kBuffers = 3;             // of packed panels
-constexpr int64_t kStripsPerTask = 4;       // packed at a time
-constexpr int64_t kTasksPerThread = 4;      // where there is little to do, blocks become smaller to share it
+constexpr int64_t kColumnsPerSlice = 1024;  // without an epilogue, if the panels have at most
+constexpr int64_t kSliceBytes = 8 << 20;
+constexpr int64_t kPackedBytes = 4 << 20;  // of B panels packed at a time; a product with an epilogue is whole
+constexpr int64_t kDepthBytes = 8 << 10;   // of a row of A panels: deeper ones would leave the second-level cache few
+constexpr int64_t kBuffers = 3;            // of packed panels
+constexpr int64_t kStripsPerTask = 4;      // packed at a time
+constexpr int64_t kTasksPerThread = 4;     // where there is little to do, blocks become smaller to share it
 
 // Bytes of a core's own; 1 MiB where the system does not say.
 int64_t second_level_cache() {
@@ -93,14 +95,20 @@ class Run {
   // As many for each thread, of nearly one size: none is a straggler.
   int64_t row_blocks(const Product& p, int64_t columns) const {
     const int64_t c_columns = needs_sums() ? columns : 0;
-    const int64_t row_bytes = functions_.panel_bytes(p.k) + c_columns * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = functions_.panel_bytes(depth_at_once(p)) + c_columns * static_cast<int64_t>(sizeof(T));
     const int64_t tile_bytes = std::max<int64_t>(row_bytes * functions_.tile_rows, 1);
     const int64_t block_bytes = second_level_cache() / 8 * functions_.block_eighths;
     const int64_t tiles = std::clamp<int64_t>(block_bytes / tile_bytes, 1, functions_.block_row_tiles);
     const int64_t all = row_tiles(p), blocks = divide_up(all, tiles);
     return std::min(all, blocks == 1 ? 1 : round_up(blocks, at::get_num_threads()));
   }
-  bool needs_sums() const { return epilogue_ || !functions_.sums_in_registers; }
+  bool needs_sums() const { return epilogue_ || !functions_.multiply_into; }
+  // Of A panels, in parts of nearly one size.
+  int64_t depth_at_once(const Product& p) const {
+    if (functions_.multiply_into) return p.k;
+    const int64_t parts = divide_up(functions_.panel_bytes(p.k), kDepthBytes);
+    return parts <= 1 ? p.k : round_up(divide_up(p.k, parts), 64);
+  }
   int64_t row_tiles(const Product& p) const { return divide_up(p.m, functions_.tile_rows); }
   // The first row of a block.
   int64_t row_of(const Product& p, int64_t block, int64_t blocks) const {
@@ -117,17 +125,24 @@ class Run {
     for (size_t i = 0; i < products_.size(); ++i) {
       const Product& p = products_[i];
       if (p.m == 0) continue;
-      const int64_t step = epilogue_ ? p.n : columns_per_slice;
+      const int64_t step = epilogue_ ? p.n : slice_columns(p, columns_per_slice);
       for (int64_t column = 0; column < p.n; column += step) {
         add(static_cast<int64_t>(i), column, std::min(step, p.n - column));
       }
     }
   }
 
+  // `most`, or what has kSliceBytes of panels.
+  int64_t slice_columns(const Product& p, int64_t most) const {
+    const int64_t fit = kSliceBytes / std::max<int64_t>(functions_.panel_bytes(p.k), 1);
+    const int64_t tiles = std::max<int64_t>(fit / functions_.tile_columns, 1);
+    return std::min(most, tiles * functions_.tile_columns);
+  }
+
   int64_t count_tasks(int64_t columns_per_slice) const {
     int64_t tasks = 0;
     for (const Product& p : products_) {
-      const int64_t columns = std::min(columns_per_slice, p.n);
+      const int64_t columns = std::min(slice_columns(p, columns_per_slice), p.n);
       if (p.m > 0 && p.n > 0) tasks += divide_up(p.n, columns) * row_blocks(p, columns);
     }
     return tasks;
@@ -178,16 +193,27 @@ class Run {
     const int64_t rows = row_of(p, block + 1, slice.blocks) - row;
     const int64_t padded = round_up(rows, functions_.tile_rows);
     const int64_t stride = needs_sums() ? round_up(slice.columns, functions_.tile_columns) : 0;
-    char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(p.k));
-    T* const c = c_scratch.get<T>(padded * stride);
-    functions_.pack_a(p.a, row, row + rows, p.k, a);
+    const int64_t depth = depth_at_once(p);
+    char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(depth));
     const void* const b = slice.in_place ? slice.in_place : buffer + slice.packed;
+    if (!needs_sums()) {
+      functions_.pack_a(p.a, row, row + rows, p.k, a);
+      functions_.multiply_into(rows, slice.columns, p.k, a, b, p.b, p.c, row, slice.column);
+      return;
+    }
+    T* const c = c_scratch.get<T>(padded * stride);
+    int64_t k = 0;
+    do {
+      const int64_t end = std::min(k + depth, p.k);
+      functions_.pack_a(from_k<T>(p.a, k), row, row + rows, end - k, a);
+      functions_.multiply(rows, slice.columns, {k, end, p.k}, a, b, c, stride);
+      k = end;
+    } while (k < p.k);
+    functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
     if (epilogue_) {
-      functions_.multiply(rows, slice.columns, p.k, a, b, c, stride);
-      functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
       (*epilogue_)(slice.product, row, rows, c, stride);
     } else {
-      functions_.multiply_into(rows, slice.columns, p.k, a, b, p.b, p.c, row, slice.column, c, stride);
+      functions_.store(c, stride, rows, slice.columns, p.c, row, slice.column);
     }
   }
 

@@ -2,6 +2,7 @@
 // an element's bits depend on its row and column alone, however many rows there are and however they are stored. Prints the
 // largest relative error and a checksum of all bits.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +14,7 @@
 #include "ops/packed_layout.h"
 
 using glam::cpu::Operand;
+using glam::cpu::Output;
 using glam::cpu::Type;
 
 namespace {
@@ -114,11 +116,19 @@ struct Panels {
   }
 };
 
-// Rows [begin, end) of A times B.
+// Rows [begin, end) of A times B, a part of the depth after the other where that can be.
 std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
-  const Panels panels(a, b, begin, end);
+  Panels panels(a, b, begin, end);
   std::vector<Sum> c(panels.rows * panels.columns, NAN);
-  functions.multiply(end - begin, b.outer, a.depth, panels.left.data(), panels.right.data(), c.data(), panels.columns);
+  const int64_t at_once = functions.multiply_into ? a.depth : 64;
+  int64_t k = 0;
+  do {
+    const int64_t part_end = std::min(k + at_once, a.depth);
+    functions.pack_a(from_k<Sum>(a.operand, k), begin, end, part_end - k, panels.left.data());
+    functions.multiply(end - begin, b.outer, {k, part_end, a.depth}, panels.left.data(), panels.right.data(), c.data(),
+                       panels.columns);
+    k = part_end;
+  } while (k < a.depth);
   functions.scale(b.operand, end - begin, 0, b.outer, c.data(), panels.columns);
   std::vector<Sum> result;
   for (int64_t i = 0; i < end - begin; ++i) {
@@ -130,7 +140,6 @@ std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_
 // The product into outputs of every kind must be `c`, added or rounded, and nothing beside it.
 void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) {
   const Panels panels(a, b, 0, a.outer);
-  std::vector<Sum> scratch(panels.rows * panels.columns);
   const int64_t column = 32, stride = column + round_up(b.outer, 32);
   for (const bool in_halves : {false, true}) {
     if (in_halves && sizeof(Sum) != sizeof(float)) continue;
@@ -140,15 +149,19 @@ void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) 
         auto* const values = static_cast<Sum*>(std::aligned_alloc(64, (elements * sizeof(Sum) + 63) / 64 * 64));
         auto* const halves = reinterpret_cast<uint16_t*>(values);
         for (int64_t i = 0; i < elements; ++i) in_halves ? void(halves[i] = 0x3f80) : void(values[i] = 1);
-        functions.multiply_into(a.outer, b.outer, a.depth, panels.left.data(), panels.right.data(), b.operand,
-                                {.data = in_halves ? static_cast<void*>(halves + column) : values + column,
-                                 .type = in_halves          ? Type::bf16
-                                         : sizeof(Sum) == 8 ? Type::f64
-                                                            : Type::f32,
-                                 .row_stride = stride,
-                                 .accumulate = accumulate,
-                                 .stream = stream},
-                                1, 0, scratch.data(), panels.columns);
+        const Output output = {.data = in_halves ? static_cast<void*>(halves + column) : values + column,
+                               .type = in_halves          ? Type::bf16
+                                       : sizeof(Sum) == 8 ? Type::f64
+                                                          : Type::f32,
+                               .row_stride = stride,
+                               .accumulate = accumulate,
+                               .stream = stream};
+        if (functions.multiply_into) {
+          functions.multiply_into(a.outer, b.outer, a.depth, panels.left.data(), panels.right.data(), b.operand, output,
+                                  1, 0);
+        } else {
+          functions.store(c.data(), b.outer, a.outer, b.outer, output, 1, 0);
+        }
         for (int64_t i = 0; i < elements; ++i) {
           const int64_t row = i / stride - 1, j = i % stride - column;
           const bool inside = row >= 0 && j >= 0 && j < b.outer;

@@ -22,7 +22,7 @@ linear = torch.ops.glam.linear_wide
 )
 def test_batch_invariance_of_few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    for depth in (1, 2, 7, 8, 16, 31, 33, 300, 1031):
+    for depth in (1, 2, 7, 8, 16, 31, 33, 300, 1031, 4500):
         for columns in (1, 7, 16, 37, 129):
             x = torch.randn(40, depth, generator=generator, dtype=torch.float64).to(dtype)
             weight = torch.randn(depth + 1, columns + 3, generator=generator, dtype=torch.float64).to(weight_dtype)

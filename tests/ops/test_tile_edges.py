@@ -17,8 +17,9 @@ from torch import Tensor
 ROWS = [1, 2, 6, 7, 8, 13, 14, 15, 28, 29]
 COLUMNS = [1, 15, 16, 17, 31, 32, 33, 65]
 DEPTHS = [1, 2, 3, 31, 33, 255, 257, 513]
-# Beyond a run of the packing (512 columns, 1552 steps), a slice of 1024 columns, a block of 16 tiles.
-LARGE = [(3, 1100, 70), (230, 40, 1025), (17, 3200, 33), (40, 515, 515)]
+# Beyond a run of the packing (512 columns, 1552 steps), a slice of 1024 columns, a block of 16 tiles, what is packed of
+# the depth at once (8 KiB of a row), for both ways in which an operand lies.
+LARGE = [(3, 1100, 70), (230, 40, 1025), (17, 3200, 33), (40, 515, 515), (15, 17, 4500), (4500, 17, 15)]
 SIZES = [*itertools.product(ROWS, COLUMNS, [3, 33]), *itertools.product([1, 15], [33], DEPTHS), *LARGE]
 
 
@@ -65,17 +66,18 @@ def expert_layer(rows: Tensor, offsets: Tensor, wi: Tensor, wo: Tensor) -> Tenso
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("ends", [[0, 13, 13, 28, 29, 86], [0, 4500, 4500, 4501, 4503, 4510]], ids=["few", "thousands"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_are_as_exact_as_the_plain_composition(dtype: torch.dtype) -> None:
+def test_experts_are_as_exact_as_the_plain_composition(dtype: torch.dtype, ends: list[int]) -> None:
     """Root mean square errors of the result and each gradient over several seeds; odd sizes, an expert without rows."""
-    D, F, offsets = 67, 131, torch.tensor([0, 13, 13, 28, 29, 86], dtype=torch.int32)
+    D, F, offsets = 67, 131, torch.tensor(ends, dtype=torch.int32)
     ours, theirs = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(86, D, generator=generator).to(dtype)
+        rows = torch.randn(ends[-1], D, generator=generator).to(dtype)
         wi = torch.randn(5, D, F, generator=generator).div_(D**0.5)
         wo = torch.randn(5, F, D, generator=generator).div_(F**0.5)
-        grad = torch.randn(86, D, generator=generator).to(dtype)
+        grad = torch.randn(ends[-1], D, generator=generator).to(dtype)
         outcomes = []
         for layer, cast in (
             (lambda r, i, o: torch.ops.glam.expert_mlp(r, offsets, i, o, None, "relu"), torch.Tensor.clone),
@@ -89,4 +91,7 @@ def test_experts_are_as_exact_as_the_plain_composition(dtype: torch.dtype) -> No
         for index, (found, plain, exact) in enumerate(zip(*outcomes, strict=True)):
             ours[index] += (found.double() - exact).square().mean() / exact.square().mean()
             theirs[index] += (plain.double() - exact).square().mean() / exact.square().mean()
-    assert (ours.sqrt() <= 2 * theirs.sqrt()).all(), (ours.sqrt(), theirs.sqrt())
+    allowed = 2 * theirs.sqrt()
+    if dtype == torch.float32:
+        allowed = allowed.clamp(min=2**-24 * math.sqrt(ends[-1]))  # one chain, where a library may add partial sums
+    assert (ours.sqrt() <= allowed).all(), (ours.sqrt(), theirs.sqrt())

@@ -1,6 +1,8 @@
 // A dispatch table's entries, made of the product core.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu/kernels/gemm_few_tiles.h"
 #include "cpu/kernels/gemm_table.h"
 
@@ -34,24 +36,29 @@ struct GemmEntries {
       if (b.stored && b.type == Type::i8) scale_columns(b, rows, column, columns, c, c_stride);
     }
   }
-  static void multiply(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, Sum* c,
-                       int64_t c_stride) {
-    multiply_panels(rows, columns, Format::steps(depth), static_cast<const Element*>(a_panels),
+#if GLAM_AMX
+  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                       const void* b_panels, Sum* c, int64_t c_stride) {
+    multiply_panels(rows, columns, Format::steps(depth.all), static_cast<const Element*>(a_panels),
                     static_cast<const Element*>(b_panels), c, c_stride);
   }
-  static void multiply_into(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels,
-                            const Operand& b, const Output& output, int64_t row, int64_t column, Sum* c,
-                            int64_t c_stride) {
-#if GLAM_AMX
+  static void multiply_into_output(int64_t rows, int64_t columns, int64_t depth, const void* a_panels,
+                                   const void* b_panels, const Operand& b, const Output& output, int64_t row,
+                                   int64_t column) {
     multiply_panels_into(rows, columns, Format::steps(depth), static_cast<const Element*>(a_panels),
                          static_cast<const Element*>(b_panels), output, row, column,
                          [&](Sum* values, int64_t j) { scale(b, 1, column + j, kTileColumns<Sum>, values, 0); });
-#else
-    multiply(rows, columns, depth, a_panels, b_panels, c, c_stride);
-    scale(b, rows, column, columns, c, c_stride);
-    store_block(c, c_stride, rows, columns, output, row, column);
-#endif
   }
+  static constexpr auto kMultiplyInto = &multiply_into_output;
+#else
+  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                       const void* b_panels, Sum* c, int64_t c_stride) {
+    multiply_panels(rows, columns, depth.begin / Format::kDepth, Format::steps(depth.end - depth.begin),
+                    Format::steps(depth.all), static_cast<const Element*>(a_panels),
+                    static_cast<const Element*>(b_panels), c, c_stride);
+  }
+  static constexpr std::nullptr_t kMultiplyInto = nullptr;
+#endif
   static void multiply_few_rows(int64_t rows, const void* a, const Operand& b, int64_t column, int64_t columns,
                                 int64_t depth, Sum* c, int64_t c_stride) {
     multiply_few<Format>(rows, static_cast<const Element*>(a), b, column, columns, depth, c, c_stride);
@@ -64,13 +71,12 @@ struct GemmEntries {
             .tile_columns = kTileColumns<Sum>,
             .block_row_tiles = kBlockRowTiles,
             .block_eighths = kBlockEighths,
-            .sums_in_registers = GLAM_AMX,
             .panel_bytes = &panel_bytes,
             .pack_a = &pack_a,
             .pack_b = &pack_b,
             .panels_in_place = &panels_in_place,
             .multiply = &multiply,
-            .multiply_into = &multiply_into,
+            .multiply_into = kMultiplyInto,
             .scale = &scale,
             .few_rows = kFewRows,
             .can_stream = &can_stream<Format>,

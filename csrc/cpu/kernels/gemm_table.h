@@ -6,6 +6,11 @@
 
 namespace glam::cpu {
 
+// Of a product's depth: the part [begin, end) of `all`; begin is a multiple of 64.
+struct DepthPart {
+  int64_t begin, end, all;
+};
+
 template <class T>
 struct GemmFunctions {
   int64_t tile_rows;
@@ -14,7 +19,6 @@ struct GemmFunctions {
   // unless multiply_into does without it, C may take.
   int64_t block_row_tiles;
   int64_t block_eighths;
-  bool sums_in_registers;
   // Of a panel: bytes of one outer index for a depth.
   int64_t (*panel_bytes)(int64_t depth);
   // Panels of the outer indices [begin, end), of the A side and of the B side.
@@ -22,12 +26,14 @@ struct GemmFunctions {
   void (*pack_b)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
   // B's panels from `column` on, a panel's first, if they lie in memory as they would be packed; else null.
   const void* (*panels_in_place)(const Operand& b, int64_t column, int64_t depth);
-  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels, T* c,
-                   int64_t c_stride);
-  // The same with the scales of columns [column, column + columns) of B, stored as the block of `output` at (row, column).
-  // c as in multiply, or unused if the sums stay in registers.
+  // c[rows][columns] = A B over the steps of a part of the depth, added to c unless it is the first. A's panels hold that
+  // part, B's all of it.
+  void (*multiply)(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels, const void* b_panels,
+                   T* c, int64_t c_stride);
+  // Where sums stay in registers, else null: the whole depth, with the scales of columns [column, column + columns) of B,
+  // stored as the block of `output` at (row, column). There multiply, too, wants the whole depth.
   void (*multiply_into)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels,
-                        const Operand& b, const Output& output, int64_t row, int64_t column, T* c, int64_t c_stride);
+                        const Operand& b, const Output& output, int64_t row, int64_t column);
   // c[rows][columns] *= the scales that columns [column, column + columns) of B have, if B is stored as integers.
   void (*scale)(const Operand& b, int64_t rows, int64_t column, int64_t columns, T* c, int64_t c_stride);
   // For up to few_rows rows of A: with loaded rows (few_rows * panel_bytes), columns [column, column + columns) of a B that is

@@ -49,4 +49,25 @@ inline void* advance(void* data, Type type, int64_t elements) {
   return static_cast<char*>(data) + elements * size_of(type);
 }
 
+// The operand without its first rows; T is the accumulation type.
+template <class T>
+inline Operand from_row(Operand operand, int64_t row) {
+  if (operand.row_scale) operand.row_scale = static_cast<const T*>(operand.row_scale) + row;
+  if (operand.row_index) {
+    operand.row_index += row;
+    return operand;
+  }
+  operand.data = advance(operand.data, operand.type, row * operand.row_stride);
+  if (operand.gate) operand.gate = advance(operand.gate, operand.type, row * operand.row_stride);
+  return operand;
+}
+// The operand without what comes before k; T is the accumulation type.
+template <class T>
+inline Operand from_k(Operand operand, int64_t k) {
+  if (operand.rows_are_k) return from_row<T>(operand, k);
+  operand.data = advance(operand.data, operand.type, k);
+  if (operand.gate) operand.gate = advance(operand.gate, operand.type, k);
+  return operand;
+}
+
 }  // namespace glam::cpu

@@ -30,10 +30,10 @@ inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<f
 }
 #endif
 
-// c[ROWS][kVectors vectors] (+)= A B.
-template <int ROWS, int kRowStride, int kVectors = kTileVectors, class Element, class Sum>
+// c[ROWS][kVectors vectors] (+)= A B. between(step) is called in each step.
+template <int ROWS, int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Between>
 inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_stride, const Element* b, Sum* c,
-                               int64_t c_stride, bool first) {
+                               int64_t c_stride, bool first, Between&& between) {
   using Vector = typename VectorOf<Sum>::type;
   using Right = typename VectorOf<Element>::type;
   constexpr int lanes = VectorOf<Sum>::lanes;
@@ -46,6 +46,7 @@ inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_str
     }
   }
   for (int64_t step = 0; step < steps; ++step, a += step_stride, b += kVectors * lanes) {
+    between(step);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
@@ -66,8 +67,9 @@ template <int kRowStride, int kVectors = kTileVectors, class Element, class Sum>
 inline void multiply_some_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* b,
                                Sum* c, int64_t c_stride, bool first) {
   const auto run = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-    ((rows == kRows + 1 &&
-      (multiply_rows_tile<kRows + 1, kRowStride, kVectors>(steps, a, step_stride, b, c, c_stride, first), true)) ||
+    ((rows == kRows + 1 && (multiply_rows_tile<kRows + 1, kRowStride, kVectors>(steps, a, step_stride, b, c, c_stride,
+                                                                                first, [](int64_t) {}),
+                            true)) ||
      ...);
   };
   run(std::make_integer_sequence<int, kTileRows>());
