@@ -15,7 +15,7 @@ endif()
 option(GLAM_SANITIZE "Build with the address and undefined behaviour sanitizers" OFF)
 if(GLAM_SANITIZE)
   # vptr needs the type information of torch's classes, which torch hides.
-  add_compile_options(-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr
+  add_compile_options(-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr
                       -fno-sanitize-recover=undefined)
   add_link_options(-fsanitize=address,undefined)
 endif()

@@ -5,8 +5,8 @@
 # and would then crash on a narrower CPU. For the same reason their symbols are hidden.
 
 # A loop that copies must stay one: GCC would make "rep movs" of it, which takes longer to start than a row is long.
-set(GLAM_KERNEL_OPTIONS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-tree-loop-distribute-patterns
-    -Wall -Wextra)
+set(GLAM_KERNEL_OPTIONS -O$<IF:$<BOOL:${GLAM_SANITIZE}>,1,3> -fno-math-errno -fno-trapping-math -ffp-contract=fast
+    -fno-tree-loop-distribute-patterns -Wall -Wextra)
 
 function(glam_add_isa target isa sources)
   add_library(glam_kernels_${isa} OBJECT ${sources})
