@@ -410,8 +410,8 @@ class TrainingRun:
         return (
             f"{count.total:,} parameters, {count.active:,} active per token; {manifest.num_targets:,} training tokens "
             f"in {manifest.num_rows:,} rows of {manifest.sequence_length}; {steps_left} steps of {data.batch_size} "
-            f"rows in micro-batches of {micro_batch_size}; {self._layout()}; dense GEMM "
-            f"{self._gemm_rate / 1e9:.0f} GFLOP/s in {self.config.model.compute_dtype}"
+            f"rows in micro-batches of {micro_batch_size}; {self._layout()}; "
+            f"{self.config.model.compute_dtype}, dense GEMM {self._gemm_rate / 1e9:.0f} GFLOP/s"
         )
 
     def _layout(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -118,3 +119,16 @@ def test_durations(seconds, text):
 
 def test_the_rate_of_a_dense_product_is_a_positive_number():
     assert dense_gemm_rate(torch.float32, size=64) > 0
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 2.0), (torch.float32, 2.0), (torch.float64, 0.5)])
+def test_where_float32_is_faster_its_rate_counts(monkeypatch, dtype, expected):
+    seconds = {torch.bfloat16: 4.0, torch.float32: 1.0, torch.float64: 4.0}
+    now = [0.0]
+
+    def product(a, b):
+        now[0] += seconds[a.dtype]
+
+    monkeypatch.setattr(torch, "matmul", product)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    assert dense_gemm_rate(dtype, size=1) == expected
