@@ -8,8 +8,7 @@ left out. `peak` is the process's largest growth during forward and backward of 
 gradients.
 
 formula  s = bytes of an activation: attention (2 D + 4 H A) s and 4 H for the log-sum-exp; feed-forward 2 D s, and a
-         dense layer 2 F s, a mixture of experts 2 F s for two rows of a ReLU network and in bfloat16 4 D for the
-         router's input; with recompute D s
+         dense layer 2 F s, a mixture of experts 2 F s for two rows of a ReLU network; with recompute D s
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from moe_layer import D, F, T, glam_layer, step
 from reference_rates import copy_rate
 from torch import Tensor
 
+import glam_ext
+
 
 def weights(experts: int) -> list[Tensor]:
     router = torch.randn(D, experts).div_(D**0.5).requires_grad_()
@@ -133,7 +135,8 @@ def memory(experts: int) -> None:
     gradients = sum(parameter.nbytes for parameter in parameters) + x.nbytes
     work = rows * F * 2 + rows * D * 4  # the hidden gradient; rows of the result or of its gradient
     work += 2 * x.nbytes  # y and its gradient
-    packs = 3 * F * D * 2
+    multiplies_bf16 = glam_ext.build_info()["backends"]["cpu"]["isa_active"] in ("avx512bf16", "amx")
+    packs = 3 * F * D * (2 if multiplies_bf16 else 4)
     expected = saved + gradients + work + packs
     peak = memory.peak - memory.before
     print(
