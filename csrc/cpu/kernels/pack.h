@@ -165,10 +165,16 @@ inline const Bf16Precision::Element* load_steps(Bf16Precision, const Operand& op
     load_row(operand, row, begin, end - begin, halves);
     for (int64_t i = end - begin; i < count * kDepth; ++i) halves[i] = 0;  // beyond the depth
   } else {
-    uint16_t values[kLoadChunk];  // count < kLoadChunk
+    using Pairs = typename VectorOf<uint32_t>::type;
+    constexpr int64_t kHalves = 2 * VectorOf<uint32_t>::lanes;
+    alignas(kVectorBytes) uint16_t values[kLoadChunk];  // count is even, and less than that by a vector or more
     load_row(operand, row, begin, end - begin, values);
     if (end - begin < count) values[end - begin] = 0;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[Bf16Precision::first_k(i)]);
+    for (int64_t i = 0; i < count; i += kHalves) {  // the odd one of each pair comes first
+      auto& pairs = *reinterpret_cast<Pairs*>(values + i);
+      pairs = pairs << 16 | pairs >> 16;
+    }
+    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(values[i]);
   }
   return buffer;
 }
