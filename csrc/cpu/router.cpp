@@ -3,7 +3,6 @@
 #include "cpu/kernels/router.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -48,7 +47,7 @@ Tensor logits(const Tensor& x_, const Tensor& weight_) {
   const auto dtype = accumulation_dtype(x.scalar_type());
   const Tensor weight = weight_.to(dtype).contiguous();
   const int64_t D = weight.size(0), E = weight.size(1);
-  const Tensor y = at::empty(with_last(x, E), x.options().dtype(dtype));
+  const Tensor y = empty_large(with_last(x, E), x.options().dtype(dtype));
   if (y.numel() == 0) return y;
   if (D == 0) return y.zero_();
   const Type type = type_of(x);
@@ -93,7 +92,7 @@ Tensor input_gradient(const Tensor& grad_, const Tensor& weight, at::ScalarType 
 Tensor weight_gradient(const Tensor& x_, const Tensor& grad_, at::ScalarType dtype) {
   const Tensor x = x_.contiguous(), grad = grad_.contiguous();
   const int64_t D = x.size(-1), E = grad.size(-1);
-  const Tensor grad_weight = at::empty({D, E}, grad.options());
+  const Tensor grad_weight = empty_large({D, E}, grad.options());
   if (grad_weight.numel() == 0) return grad_weight.to(dtype);
   if (x.numel() == 0) return grad_weight.zero_().to(dtype);
   const Type type = type_of(x);
