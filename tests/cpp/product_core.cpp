@@ -140,6 +140,12 @@ std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_
 // The product into outputs of every kind must be `c`, added or rounded, and nothing beside it.
 void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) {
   const Panels panels(a, b, 0, a.outer);
+  std::vector<Sum> whole(panels.rows * panels.columns);  // the depth in one part
+  if (!functions.multiply_into) {
+    functions.multiply(a.outer, b.outer, {0, a.depth, a.depth}, panels.left.data(), panels.right.data(), whole.data(),
+                       panels.columns);
+    functions.scale(b.operand, a.outer, 0, b.outer, whole.data(), panels.columns);
+  }
   const int64_t column = 32, stride = column + round_up(b.outer, 32);
   for (const bool in_halves : {false, true}) {
     if (in_halves && sizeof(Sum) != sizeof(float)) continue;
@@ -160,7 +166,7 @@ void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) 
           functions.multiply_into(a.outer, b.outer, a.depth, panels.left.data(), panels.right.data(), b.operand, output,
                                   1, 0);
         } else {
-          functions.store(c.data(), b.outer, a.outer, b.outer, output, 1, 0);
+          functions.store(whole.data(), panels.columns, a.outer, b.outer, output, 1, 0);
         }
         for (int64_t i = 0; i < elements; ++i) {
           const int64_t row = i / stride - 1, j = i % stride - column;

@@ -92,6 +92,6 @@ def test_experts_are_as_exact_as_the_plain_composition(dtype: torch.dtype, ends:
             ours[index] += (found.double() - exact).square().mean() / exact.square().mean()
             theirs[index] += (plain.double() - exact).square().mean() / exact.square().mean()
     allowed = 2 * theirs.sqrt()
-    if dtype == torch.float32:
-        allowed = allowed.clamp(min=2**-24 * math.sqrt(ends[-1]))  # one chain, where a library may add partial sums
+    if dtype == torch.float32 and ends[-1] > 1000:  # the weights' gradients are one chain, a library adds partial sums
+        allowed[2:] = allowed[2:].clamp(min=2**-24 * math.sqrt(ends[-1]))
     assert (ours.sqrt() <= allowed).all(), (ours.sqrt(), theirs.sqrt())
