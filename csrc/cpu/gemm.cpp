@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kColumnsPerSlice = 1024;  // without an epilogue, if the panels have at most
 constexpr int64_t kSliceBytes = 8 << 20;
 constexpr int64_t kPackedBytes = 4 << 20;  // of B panels packed at a time; a product with an epilogue is whole
-constexpr int64_t kDepthBytes = 8 << 10;   // of a row of A panels: deeper ones would leave the second-level cache few
+constexpr int64_t kDepthBytes = 8 << 10;   // of a row of A panels, so that the second-level cache holds many
 constexpr int64_t kBuffers = 3;            // of packed panels
 constexpr int64_t kStripsPerTask = 4;      // packed at a time
 constexpr int64_t kTasksPerThread = 4;     // where there is little to do, blocks become smaller to share it

@@ -25,13 +25,13 @@ void parallel_tiles(int64_t count, int64_t tile, int64_t work, F&& f) {
                    [&](int64_t first, int64_t last) { f(first * tile, std::min(last * tile, count)); });
 }
 
-// The panels of a matrix in the accumulation type, in memory of the calling thread.
+// The panels of a matrix in memory of the calling thread.
 template <class T>
 const T* panels_of(const Tensor& matrix) {
   static thread_local Scratch scratch;
   const auto& functions = router_functions<T>();
   T* const panels = scratch.get<T>(functions.panel_elements(matrix.size(0), matrix.size(1)));
-  functions.pack(matrix.const_data_ptr<T>(), matrix.size(0), matrix.size(1), panels);
+  functions.pack(outer_columns(matrix), matrix.size(0), matrix.size(1), panels);
   return panels;
 }
 
@@ -45,7 +45,7 @@ Tensor logits(const Tensor& x_, const Tensor& weight_) {
   checks::router_logits(x_, weight_);
   const Tensor x = x_.contiguous();
   const auto dtype = accumulation_dtype(x.scalar_type());
-  const Tensor weight = weight_.to(dtype).contiguous();
+  const Tensor weight = with_unit_stride(weight_);
   const int64_t D = weight.size(0), E = weight.size(1);
   const Tensor y = empty_large(with_last(x, E), x.options().dtype(dtype));
   if (y.numel() == 0) return y;
@@ -68,7 +68,7 @@ Tensor logits(const Tensor& x_, const Tensor& weight_) {
 
 // grad weight^T, rounded to `dtype`.
 Tensor input_gradient(const Tensor& grad_, const Tensor& weight, at::ScalarType dtype) {
-  const Tensor grad = grad_.contiguous(), weight_ED = weight.t().to(grad.scalar_type()).contiguous();
+  const Tensor grad = grad_.contiguous(), weight_ED = with_unit_stride(weight.t());
   const int64_t E = weight_ED.size(0), D = weight_ED.size(1);
   const Tensor grad_x = empty_large(with_last(grad, D), grad.options().dtype(dtype));
   if (grad_x.numel() == 0) return grad_x;

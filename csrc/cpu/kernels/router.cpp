@@ -17,13 +17,11 @@ int64_t panel_elements(int64_t depth, int64_t columns) {
 }
 
 template <class T>
-void pack(const T* matrix, int64_t depth, int64_t columns, T* panels) {
-  const int64_t width = panel_width<T>(columns);
-  for (int64_t begin = 0; begin < columns; begin += width) {
-    const int64_t valid = columns - begin < width ? columns - begin : width;
-    for (int64_t k = 0; k < depth; ++k, panels += width) {
-      for (int64_t j = 0; j < width; ++j) panels[j] = j < valid ? matrix[k * columns + begin + j] : T(0);
-    }
+void pack(const Operand& matrix, int64_t depth, int64_t columns, T* panels) {
+  if (panel_width<T>(columns) == VectorOf<T>::lanes) {
+    pack_strips<FullPrecision<T>, VectorOf<T>::lanes>(matrix, 0, columns, depth, panels);
+  } else {
+    pack_strips<FullPrecision<T>, kTileColumns<T>>(matrix, 0, columns, depth, panels);
   }
 }
 

@@ -13,9 +13,9 @@ template <class T>
 struct RouterFunctions {
   int64_t tile_tokens;
   int64_t tile_columns;
-  // Elements of the panels of a [depth, columns] matrix, and the panels.
+  // Elements of the panels of a [depth, columns] matrix, and the panels of one that is the B side of a product.
   int64_t (*panel_elements)(int64_t depth, int64_t columns);
-  void (*pack)(const T* matrix, int64_t depth, int64_t columns, T* panels);
+  void (*pack)(const Operand& matrix, int64_t depth, int64_t columns, T* panels);
   // logits [tokens, E], with the weight's panels. scratch: panel_elements(tile_tokens, E).
   void (*logits)(const void* x, Type type, int64_t tokens, int64_t D, const T* panels, int64_t E, T* logits,
                  T* scratch);
