@@ -257,32 +257,37 @@ def check_torchscript(op: Op, sample: Sample) -> None:
     assert_same_bits(run(op, sample.args, call), run(op, sample.args), "scripted")
 
 
-def _cpu_time_of_threads() -> dict[str, int]:
-    times = {}
+def _activity_of_threads() -> dict[str, tuple[str, str]]:
+    """Of each thread of this process the time on a CPU and how often it was put on one: a virtual machine whose host
+    takes time away books a short run as no time at all, and a thread that never leaves its CPU is put on none.
+    """
+    activity = {}
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{thread}/schedstat") as file:
-            times[thread] = int(file.read().split()[0])
-    return times
+            spent, _, runs = file.read().split()
+            activity[thread] = spent, runs
+    return activity
 
 
 def busy_threads(work: Callable[[], Any]) -> int:
     """How many threads of this process used the CPU during `work`, waiting pools having come to rest before it."""
     work()
-    before = _cpu_time_of_threads()
+    before = _activity_of_threads()
+
+    def active() -> tuple[int, dict[str, tuple[str, str]]]:
+        time.sleep(0.02)  # a thread's time is booked at a tick or when it leaves the CPU, which a virtual one may delay
+        now = _activity_of_threads()
+        return sum(activity != before.get(thread) for thread, activity in now.items()), now
+
     for _ in range(50):
-        time.sleep(0.02)
-        now = _cpu_time_of_threads()
-        resting = sum(now[thread] > before.get(thread, 0) for thread in now) <= 1
-        before = now
-        if resting:
+        count, before = active()
+        if count <= 1:
             break
     work()
     deadline = time.monotonic() + 2.0
-    while True:
-        time.sleep(0.02)  # a thread's time is booked at a tick or when it leaves the CPU, which a virtual one may delay
-        busy = sum(spent > before.get(thread, 0) for thread, spent in _cpu_time_of_threads().items())
-        if busy > 1 or time.monotonic() > deadline:
-            return busy
+    while (count := active()[0]) <= 1 and time.monotonic() < deadline:
+        pass
+    return count
 
 
 @contextlib.contextmanager
