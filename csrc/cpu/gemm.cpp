@@ -13,11 +13,12 @@ namespace {
 
 constexpr int64_t kColumnsPerSlice = 1024;  // without an epilogue, if the panels have at most
 constexpr int64_t kSliceBytes = 8 << 20;
-constexpr int64_t kPackedBytes = 4 << 20;  // of B panels packed at a time; a product with an epilogue is whole
-constexpr int64_t kDepthBytes = 8 << 10;   // of a row of A panels, so that the second-level cache holds many
-constexpr int64_t kBuffers = 3;            // of packed panels
-constexpr int64_t kStripsPerTask = 4;      // packed at a time
-constexpr int64_t kTasksPerThread = 4;     // where there is little to do, blocks become smaller to share it
+constexpr int64_t kPackedBytes = 4 << 20;      // of B panels packed at a time; a product with an epilogue is whole
+constexpr int64_t kDepthBytes = 8 << 10;       // of a row of A panels, so that the second-level cache holds many
+constexpr int64_t kFusedDepthBytes = 1 << 10;  // less: a part of B that fits is as wide, and read in long runs
+constexpr int64_t kBuffers = 3;                // of packed panels
+constexpr int64_t kStripsPerTask = 4;          // packed at a time
+constexpr int64_t kTasksPerThread = 4;         // where there is little to do, blocks become smaller to share it
 
 // Bytes of a core's own; 1 MiB where the system does not say.
 int64_t second_level_cache() {
@@ -35,10 +36,12 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 // All rows of a product, columns [column, column + columns), cut into row blocks: a task each. The B panels are at
-// `in_place`, or else at `packed` (bytes) of their batch's buffer.
+// `in_place`, or else at `packed` (bytes) of their batch's buffer; if it is `fused`, its only task packs some at a time and
+// multiplies them while they are in its core's cache.
 struct Slice {
   int64_t product, column, columns, packed;
   const void* in_place;
+  bool fused;
   int64_t blocks;
   int64_t first_strip, first_task;  // running totals of the batch
 };
@@ -92,8 +95,18 @@ class Run {
     bool is_pack;
   };
 
+  // So few rows that one task takes all, and that their sums, written and read again with each part of the depth, are
+  // little beside B: panels that one core reads once need not go through a shared cache.
+  bool is_fused(const Product& p) const {
+    constexpr int64_t kLittle = 4;
+    const bool sums_are_little =
+        !needs_sums() || kLittle * p.m * static_cast<int64_t>(sizeof(T)) <= functions_.panel_bytes(p.k);
+    return fuses_ && row_tiles(p) <= functions_.block_row_tiles && sums_are_little &&
+           !functions_.panels_in_place(p.b, 0, p.k);
+  }
   // As many for each thread, of nearly one size: none is a straggler.
   int64_t row_blocks(const Product& p, int64_t columns) const {
+    if (is_fused(p)) return 1;
     const int64_t c_columns = needs_sums() ? columns : 0;
     const int64_t row_bytes = functions_.panel_bytes(depth_at_once(p)) + c_columns * static_cast<int64_t>(sizeof(T));
     const int64_t tile_bytes = std::max<int64_t>(row_bytes * functions_.tile_rows, 1);
@@ -106,7 +119,7 @@ class Run {
   // Of A panels, in parts of nearly one size.
   int64_t depth_at_once(const Product& p) const {
     if (functions_.multiply_into) return p.k;
-    const int64_t parts = divide_up(functions_.panel_bytes(p.k), kDepthBytes);
+    const int64_t parts = divide_up(functions_.panel_bytes(p.k), is_fused(p) ? kFusedDepthBytes : kDepthBytes);
     return parts <= 1 ? p.k : round_up(divide_up(p.k, parts), 64);
   }
   int64_t row_tiles(const Product& p) const { return divide_up(p.m, functions_.tile_rows); }
@@ -117,8 +130,9 @@ class Run {
 
   void make_batches() {
     int64_t columns_per_slice = kColumnsPerSlice;
-    // Where there are too few tasks for the threads: narrower ones.
+    // Where there are too few tasks for the threads: rows apart from each other, or narrower ones.
     const int64_t wanted = at::get_num_threads() * kTasksPerThread;
+    fuses_ = at::get_num_threads() == 1 || !epilogue_ || count_tasks(0) >= wanted;
     while (!epilogue_ && columns_per_slice > functions_.tile_columns && count_tasks(columns_per_slice) < wanted) {
       columns_per_slice = round_up(columns_per_slice / 2, functions_.tile_columns);
     }
@@ -142,7 +156,7 @@ class Run {
   int64_t count_tasks(int64_t columns_per_slice) const {
     int64_t tasks = 0;
     for (const Product& p : products_) {
-      const int64_t columns = std::min(slice_columns(p, columns_per_slice), p.n);
+      const int64_t columns = epilogue_ ? p.n : std::min(slice_columns(p, columns_per_slice), p.n);
       if (p.m > 0 && p.n > 0) tasks += divide_up(p.n, columns) * row_blocks(p, columns);
     }
     return tasks;
@@ -151,7 +165,8 @@ class Run {
   void add(int64_t product, int64_t column, int64_t columns) {
     const Product& p = products_[product];
     const void* const in_place = functions_.panels_in_place(p.b, column, p.k);
-    const int64_t strips = in_place ? 0 : divide_up(columns, functions_.tile_columns);
+    const bool fused = is_fused(p);
+    const int64_t strips = in_place || fused ? 0 : divide_up(columns, functions_.tile_columns);
     const int64_t bytes = strips * functions_.tile_columns * functions_.panel_bytes(p.k);
     if (batches_.empty() || (batches_.back().packed_bytes + bytes > kPackedBytes && batches_.back().num_tasks > 0)) {
       batches_.emplace_back();
@@ -159,7 +174,7 @@ class Run {
     Batch& batch = batches_.back();
     const int64_t blocks = row_blocks(p, columns);
     batch.slices.push_back(
-        {product, column, columns, batch.packed_bytes, in_place, blocks, batch.num_strips, batch.num_tasks});
+        {product, column, columns, batch.packed_bytes, in_place, fused, blocks, batch.num_strips, batch.num_tasks});
     batch.packed_bytes += bytes;
     batch.num_strips += strips;
     batch.num_tasks += blocks;
@@ -185,6 +200,24 @@ class Run {
     }
   }
 
+  // Packs steps [k, k + depth) of a slice, as many columns at a time as fill a quarter of the second-level cache, and calls
+  // multiply(first, columns, panels) for each.
+  template <class Multiply>
+  void pack_in_turn(const Slice& slice, int64_t k, int64_t depth, Multiply&& multiply) const {
+    static thread_local Scratch scratch;
+    const Operand& b = products_[slice.product].b;
+    const int64_t strip_bytes = std::max<int64_t>(functions_.panel_bytes(depth) * functions_.tile_columns, 1);
+    const int64_t strips = std::clamp<int64_t>(second_level_cache() / 4 / strip_bytes, 1,
+                                               divide_up(slice.columns, functions_.tile_columns));
+    const int64_t width = strips * functions_.tile_columns;
+    char* const panels = scratch.get<char>(strips * strip_bytes);
+    for (int64_t first = 0; first < slice.columns; first += width) {
+      const int64_t columns = std::min(width, slice.columns - first), begin = slice.column + first;
+      functions_.pack_b(from_k<T>(b, k), begin, begin + columns, depth, panels);
+      multiply(first, columns, panels);
+    }
+  }
+
   void multiply(const Batch& batch, int64_t task, const char* buffer) const {
     static thread_local Scratch a_scratch, c_scratch;
     const Slice& slice = find(batch, &Slice::first_task, task);
@@ -195,20 +228,29 @@ class Run {
     const int64_t stride = needs_sums() ? round_up(slice.columns, functions_.tile_columns) : 0;
     const int64_t depth = depth_at_once(p);
     char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(depth));
-    const void* const b = slice.in_place ? slice.in_place : buffer + slice.packed;
-    if (!needs_sums()) {
-      functions_.pack_a(p.a, row, row + rows, p.k, a);
-      functions_.multiply_into(rows, slice.columns, p.k, a, b, p.b, p.c, row, slice.column);
-      return;
-    }
     T* const c = c_scratch.get<T>(padded * stride);
     int64_t k = 0;
     do {
-      const int64_t end = std::min(k + depth, p.k);
-      functions_.pack_a(from_k<T>(p.a, k), row, row + rows, end - k, a);
-      functions_.multiply(rows, slice.columns, {k, end, p.k}, a, b, c, stride);
+      const int64_t end = std::min(k + depth, p.k), part = end - k;
+      functions_.pack_a(from_k<T>(p.a, k), row, row + rows, part, a);
+      const auto multiply_columns = [&](int64_t first, int64_t columns, const DepthPart& steps, const void* b) {
+        if (needs_sums()) {
+          functions_.multiply(rows, columns, steps, k > 0, a, b, c + first, stride);
+        } else {
+          functions_.multiply_into(rows, columns, p.k, a, b, p.b, p.c, row, slice.column + first);
+        }
+      };
+      if (slice.fused) {
+        const DepthPart packed{0, part, part};
+        pack_in_turn(slice, k, part, [&](int64_t first, int64_t columns, const void* b) {
+          multiply_columns(first, columns, packed, b);
+        });
+      } else {
+        multiply_columns(0, slice.columns, {k, end, p.k}, slice.in_place ? slice.in_place : buffer + slice.packed);
+      }
       k = end;
     } while (k < p.k);
+    if (!needs_sums()) return;
     functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
     if (epilogue_) {
       (*epilogue_)(slice.product, row, rows, c, stride);
@@ -220,6 +262,7 @@ class Run {
   const std::vector<Product>& products_;
   const RowEpilogue<T>* epilogue_;
   const GemmFunctions<T>& functions_;
+  bool fuses_ = true;
   std::vector<Batch> batches_;
 };
 

@@ -125,8 +125,8 @@ std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_
   do {
     const int64_t part_end = std::min(k + at_once, a.depth);
     functions.pack_a(from_k<Sum>(a.operand, k), begin, end, part_end - k, panels.left.data());
-    functions.multiply(end - begin, b.outer, {k, part_end, a.depth}, panels.left.data(), panels.right.data(), c.data(),
-                       panels.columns);
+    functions.multiply(end - begin, b.outer, {k, part_end, a.depth}, k > 0, panels.left.data(), panels.right.data(),
+                       c.data(), panels.columns);
     k = part_end;
   } while (k < a.depth);
   functions.scale(b.operand, end - begin, 0, b.outer, c.data(), panels.columns);
@@ -142,8 +142,8 @@ void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) 
   const Panels panels(a, b, 0, a.outer);
   std::vector<Sum> whole(panels.rows * panels.columns);  // the depth in one part
   if (!functions.multiply_into) {
-    functions.multiply(a.outer, b.outer, {0, a.depth, a.depth}, panels.left.data(), panels.right.data(), whole.data(),
-                       panels.columns);
+    functions.multiply(a.outer, b.outer, {0, a.depth, a.depth}, false, panels.left.data(), panels.right.data(),
+                       whole.data(), panels.columns);
     functions.scale(b.operand, a.outer, 0, b.outer, whole.data(), panels.columns);
   }
   const int64_t column = 32, stride = column + round_up(b.outer, 32);

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import levels
+
 ROWS = [1, 2, 6, 7, 8, 13, 14, 15, 28, 29]
 COLUMNS = [1, 15, 16, 17, 31, 32, 33, 65]
 DEPTHS = [1, 2, 3, 31, 33, 255, 257, 513]
@@ -56,6 +58,34 @@ def test_beside_the_tiles(dtype: torch.dtype) -> None:
             worst_ours, worst_theirs = max(worst_ours, ours), max(worst_theirs, error(plain, wanted))
     if dtype == torch.bfloat16:
         assert worst_ours <= 2 * worst_theirs
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "packed bfloat16", "packed int8"])
+@pytest.mark.parametrize("count", [1, 14, 40])
+def test_few_rows_of_a_deep_product_have_the_bits_that_they_have_among_many(form: str, count: int) -> None:
+    """One task packs and multiplies a weight for few rows, a part of the depth after the other; many rows share it."""
+    D, F, experts = 608, 1120, 9
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(500, D, generator=generator) for _ in range(2))
+    wi, wo = (torch.randn(1, *size, generator=generator).div_(30) for size in ((D, F), (F, D)))
+    if form != "float32":
+        x, grad = x.bfloat16(), grad.bfloat16()
+    if form.startswith("packed"):
+        dtype = torch.int8 if form.endswith("int8") else torch.bfloat16
+        wi, wo = (torch.ops.glam.pack_weight(weight, dtype) for weight in (wi, wo))
+
+    def run(rows: int, times: int) -> list[Tensor]:
+        """The result, and the gradient if there is one, of the first rows, given to so many equal experts."""
+        leaf = x[:rows].repeat(times, 1).requires_grad_(not form.startswith("packed"))
+        offsets = torch.arange(0, times * rows + 1, rows, dtype=torch.int32)
+        weights = (weight.expand(times, *weight.shape[1:]).contiguous() for weight in (wi, wo))
+        y = torch.ops.glam.expert_mlp(leaf, offsets, *weights, None, "relu")
+        if not leaf.requires_grad:
+            return [y]
+        return [y.detach(), *torch.autograd.grad(y, leaf, grad[:rows].repeat(times, 1))]
+
+    for whole, few in zip(run(500, 1), run(count, experts), strict=True):
+        levels.assert_same_bits(few.view(experts, count, D).unbind(), [whole[:count]] * experts, f"{count} rows")
 
 
 def expert_layer(rows: Tensor, offsets: Tensor, wi: Tensor, wo: Tensor) -> Tensor:

@@ -18,14 +18,13 @@
 
 namespace glam::cpu::GLAM_ISA {
 
-inline constexpr int64_t kLine = 64;         // bytes
 inline constexpr int64_t kBlockSteps = 256;  // a B strip of one k block (32 KiB in AVX-512) stays in the L1 cache
 
-// c[padded rows][padded columns] (+)= A B for packed panels: A's of `steps` steps, B's of all_steps, of which they are those
-// from first_step on. c_stride >= padded_columns(columns).
+// c[padded rows][padded columns] = A B, or c + A B, for packed panels: A's of `steps` steps, B's of all_steps, of which they
+// are those from first_step on. c_stride >= padded_columns(columns).
 template <class Element, class Sum>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t first_step, int64_t steps, int64_t all_steps,
-                            const Element* a_panels, const Element* b_panels, Sum* c, int64_t c_stride) {
+                            bool add, const Element* a_panels, const Element* b_panels, Sum* c, int64_t c_stride) {
   if (all_steps == 0) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) c[i * c_stride + j] = Sum(0);
@@ -40,7 +39,7 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t first_step, i
   const int64_t blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   const int64_t most = (steps + blocks * kUnit - 1) / (blocks * kUnit) * kUnit;
   for (int64_t step = 0; step < steps; step += most) {
-    const bool first = first_step + step == 0;
+    const bool first = step == 0 && !add;
     const int64_t part = steps - step < most ? steps - step : most;
     const int64_t share = kTileColumns<Sum> * static_cast<int64_t>(sizeof(Element)) / row_tiles + 1;  // bytes in a step
     for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
@@ -55,14 +54,8 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t first_step, i
       for (int64_t i = 0; i < rows; i += kTileRows, next += part * share) {
         const Element* const a = a_panels + i * steps + step * kTileRows;
         Sum* const tile = c + i * c_stride + j;
-        const int64_t valid = rows - i;
-        if (valid == 1) {
-          multiply_rows_tile<1, 1>(part, a, kTileRows, b, tile, c_stride, first, fetch);
-        } else if (valid <= kTileRows / 2) {
-          multiply_rows_tile<kTileRows / 2, 1>(part, a, kTileRows, b, tile, c_stride, first, fetch);
-        } else {
-          multiply_rows_tile<kTileRows, 1>(part, a, kTileRows, b, tile, c_stride, first, fetch);
-        }
+        const int64_t count = rows - i < kTileRows ? rows - i : kTileRows;
+        multiply_some_rows<1>(count, part, a, kTileRows, b, tile, c_stride, first, fetch);
       }
     }
   }

@@ -37,7 +37,7 @@ struct GemmEntries {
     }
   }
 #if GLAM_AMX
-  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, bool, const void* a_panels,
                        const void* b_panels, Sum* c, int64_t c_stride) {
     multiply_panels(rows, columns, Format::steps(depth.all), static_cast<const Element*>(a_panels),
                     static_cast<const Element*>(b_panels), c, c_stride);
@@ -51,10 +51,10 @@ struct GemmEntries {
   }
   static constexpr auto kMultiplyInto = &multiply_into_output;
 #else
-  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, bool add, const void* a_panels,
                        const void* b_panels, Sum* c, int64_t c_stride) {
     multiply_panels(rows, columns, depth.begin / Format::kDepth, Format::steps(depth.end - depth.begin),
-                    Format::steps(depth.all), static_cast<const Element*>(a_panels),
+                    Format::steps(depth.all), add, static_cast<const Element*>(a_panels),
                     static_cast<const Element*>(b_panels), c, c_stride);
   }
   static constexpr std::nullptr_t kMultiplyInto = nullptr;

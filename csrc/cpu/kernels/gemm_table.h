@@ -6,7 +6,7 @@
 
 namespace glam::cpu {
 
-// Of a product's depth: the part [begin, end) of `all`; begin is a multiple of 64.
+// Of the depth that B's panels hold: the part [begin, end) of `all`; begin is a multiple of 64.
 struct DepthPart {
   int64_t begin, end, all;
 };
@@ -26,10 +26,9 @@ struct GemmFunctions {
   void (*pack_b)(const Operand& operand, int64_t begin, int64_t end, int64_t depth, void* panels);
   // B's panels from `column` on, a panel's first, if they lie in memory as they would be packed; else null.
   const void* (*panels_in_place)(const Operand& b, int64_t column, int64_t depth);
-  // c[rows][columns] = A B over the steps of a part of the depth, added to c unless it is the first. A's panels hold that
-  // part, B's all of it.
-  void (*multiply)(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels, const void* b_panels,
-                   T* c, int64_t c_stride);
+  // c[rows][columns] = A B, or c + A B, over a part of the depth, which is what A's panels hold.
+  void (*multiply)(int64_t rows, int64_t columns, const DepthPart& depth, bool add, const void* a_panels,
+                   const void* b_panels, T* c, int64_t c_stride);
   // Where sums stay in registers, else null: the whole depth, with the scales of columns [column, column + columns) of B,
   // stored as the block of `output` at (row, column). There multiply, too, wants the whole depth.
   void (*multiply_into)(int64_t rows, int64_t columns, int64_t depth, const void* a_panels, const void* b_panels,

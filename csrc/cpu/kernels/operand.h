@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "ops/packed_layout.h"
+
 namespace glam::cpu {
 
 enum class Type : int32_t { f64, f32, bf16, i8 };
@@ -61,10 +63,11 @@ inline Operand from_row(Operand operand, int64_t row) {
   if (operand.gate) operand.gate = advance(operand.gate, operand.type, row * operand.row_stride);
   return operand;
 }
-// The operand without what comes before k; T is the accumulation type.
+// The operand without what comes before k, which is even if it is stored; T is the accumulation type.
 template <class T>
 inline Operand from_k(Operand operand, int64_t k) {
   if (operand.rows_are_k) return from_row<T>(operand, k);
+  if (operand.stored) k *= kStripColumns;
   operand.data = advance(operand.data, operand.type, k);
   if (operand.gate) operand.gate = advance(operand.gate, operand.type, k);
   return operand;

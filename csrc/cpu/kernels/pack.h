@@ -34,6 +34,7 @@ inline constexpr int kTileVectors = 2;
 template <class T>
 inline constexpr int kTileColumns = kTileVectors * VectorOf<T>::lanes;
 inline constexpr int64_t kLoadChunk = 512;  // even
+inline constexpr int64_t kLine = 64;        // bytes
 
 template <class T>
 inline constexpr int64_t padded_rows(int64_t rows) {
@@ -71,6 +72,10 @@ struct Bf16Precision {
   static constexpr int64_t steps(int64_t depth) { return (depth + kMultiple - 1) / kMultiple * kMultiple / kDepth; }
   static constexpr int64_t first_k(int64_t step) { return kDepth == 2 ? 2 * step : step ^ 1; }
 };
+
+// Panels of float that hold bfloat16 numbers.
+template <class Format>
+inline constexpr bool kHoldsRounded = std::is_same_v<Format, Bf16Precision> && Format::kDepth == 1;
 
 // The element of the data where row `row` of an operand begins; negative for a row of zeros.
 inline int64_t row_offset(const Operand& operand, int64_t row) {
@@ -197,48 +202,86 @@ inline void exchange_halves(Vector* rows, std::index_sequence<kLane...>) {
   }
 }
 
-// panel[k * kWidth + i] = rows[i][k] for i < kCount <= lanes, k < count. Reads whole vectors of rows.
-template <int kWidth, int kCount, class Element>
-inline void interleave(const Element* const* rows, int64_t count, Element* panel) {
+// panel[(k ^ kExchanged) * kWidth + i] = row i's element k, for i < kCount <= lanes, k < count; load(i, k) is the vector of
+// row i that begins at k.
+template <int kWidth, int kCount, int kExchanged = 0, class Element, class Load>
+inline void interleave(int64_t count, Element* panel, Load&& load) {
   using Vector = typename VectorOf<Element>::type;
   constexpr int lanes = VectorOf<Element>::lanes;
   for (int64_t k = 0; k < count; k += lanes) {
     Vector square[lanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      square[i] = i < kCount ? *reinterpret_cast<const Vector*>(rows[i] + k) : Vector{};
-    }
+    for (int i = 0; i < lanes; ++i) square[i] = i < kCount ? load(i, k) : Vector{};
     exchange_halves<Vector, lanes, 1>(square, std::make_index_sequence<lanes>());
+    const auto store = [&](int l) {
+      std::memcpy(panel + (k + (l ^ kExchanged)) * kWidth, &square[l], kCount * sizeof(Element));
+    };
     const int64_t valid = count - k < lanes ? count - k : lanes;
     if (valid == lanes) {
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) std::memcpy(panel + (k + l) * kWidth, &square[l], kCount * sizeof(Element));
+      for (int l = 0; l < lanes; ++l) store(l);
     } else {
-      for (int l = 0; l < valid; ++l) std::memcpy(panel + (k + l) * kWidth, &square[l], kCount * sizeof(Element));
+      for (int l = 0; l < valid; ++l) store(l);
     }
   }
 }
+template <int kWidth, int kCount, class Element>
+inline void interleave(const Element* const* rows, int64_t count, Element* panel) {
+  interleave<kWidth, kCount>(count, panel, [&](int i, int64_t k) {
+    return *reinterpret_cast<const typename VectorOf<Element>::type*>(rows[i] + k);
+  });
+}
 
-// Outer indices kFirst ... kWidth - 1 of one strip (it begins at `begin`, `valid` of it exist) of an operand whose rows
-// they are, all k, into panel[steps][kWidth]. As many rows at a time as a vector has elements, in runs long enough for
-// the CPU to foresee what comes next.
+// Outer indices kFirst ... kWidth - 1 of one strip of an operand whose rows they are, all k, into panel[steps][kWidth]. The
+// strip begins at `begin`, and `valid` indices exist from there on. As many rows at a time as a vector has elements, in
+// runs long enough for the CPU to foresee what comes next; the next rows are fetched meanwhile.
 template <class Format, int kWidth, int kFirst = 0>
 inline void pack_rows_strip(const Operand& operand, int64_t begin, int64_t valid, int64_t depth,
                             typename Format::Element* panel) {
   using Element = typename Format::Element;
+  using Vector = typename VectorOf<Element>::type;
   constexpr int lanes = VectorOf<Element>::lanes, kCount = kWidth - kFirst < lanes ? kWidth - kFirst : lanes;
   constexpr int64_t kChunk = Format::kDepth == 2 ? 1552 : 464;  // steps; a multiple of the lanes
   static constexpr Element zeros[kChunk] = {};
   Element buffer[kCount][kChunk];
-  const int64_t steps = Format::steps(depth);
+  const int64_t steps = Format::steps(depth), step_bytes = size_of(operand.type) * Format::kDepth;
   for (int64_t step = 0; step < steps; step += kChunk) {
     const int64_t part = steps - step < kChunk ? steps - step : kChunk;
+    Element* const out = panel + step * kWidth + kFirst;
     const Element* rows[kCount];
+    const char* next[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t row = begin + kFirst + i, following = kFirst + i + kCount < valid ? row + kCount : row;
+      const int64_t offset = kFirst + i < valid ? row_offset(operand, following) : 0;
+      next[i] = static_cast<const char*>(
+          advance(operand.data, operand.type, (offset < 0 ? 0 : offset) + step * Format::kDepth));
+    }
+    const auto fetch = [&](int i, int64_t k) {
+      for (int64_t byte = 0; byte < lanes * step_bytes; byte += kLine)
+        __builtin_prefetch(next[i] + k * step_bytes + byte);
+    };
+    if constexpr (kHoldsRounded<Format>) {
+      if (is_plain(operand) && operand.type == Type::f32 && part % lanes == 0 && step + part <= depth) {
+        for (int i = 0; i < kCount; ++i) {
+          const float* const row =
+              kFirst + i < valid ? row_in_place<float>(operand, begin + kFirst + i, step) : nullptr;
+          rows[i] = row ? row : zeros;
+        }
+        interleave<kWidth, kCount, 1>(part, out, [&](int i, int64_t k) {
+          fetch(i, k);
+          return round_to_bf16(*reinterpret_cast<const Vector*>(rows[i] + k));
+        });
+        continue;
+      }
+    }
     for (int i = 0; i < kCount; ++i) {
       const int64_t row = kFirst + i;
       rows[i] = row < valid ? load_steps(Format(), operand, begin + row, step, part, depth, buffer[i]) : zeros;
     }
-    interleave<kWidth, kCount>(rows, part, panel + step * kWidth + kFirst);
+    interleave<kWidth, kCount>(part, out, [&](int i, int64_t k) {
+      fetch(i, k);
+      return *reinterpret_cast<const Vector*>(rows[i] + k);
+    });
   }
   if constexpr (kFirst + kCount < kWidth) {
     pack_rows_strip<Format, kWidth, kFirst + kCount>(operand, begin, valid, depth, panel);
@@ -273,6 +316,12 @@ inline void store_step(Bf16Precision, const Value* even, [[maybe_unused]] const 
     }
   }
 #endif
+  if constexpr (kHoldsRounded<Bf16Precision> && std::is_same_v<Value, float>) {
+    using Vector = typename VectorOf<float>::type;
+    for (; i + VectorOf<float>::lanes <= kWidth; i += VectorOf<float>::lanes) {
+      *reinterpret_cast<Vector*>(out + i) = round_to_bf16(*reinterpret_cast<const Vector*>(even + i));
+    }
+  }
   for (; i < kWidth; ++i) {
     if constexpr (Bf16Precision::kDepth == 2) {
       out[i] = rounded(even[i]) | static_cast<uint32_t>(rounded(odd[i])) << 16;
@@ -288,15 +337,17 @@ inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t e
                                 typename Format::Element* panels) {
   // A row of the operand crosses all strips: it is loaded once for as many of them as fit the buffers.
   constexpr int64_t kRun = kLoadChunk / kWidth * kWidth;
+  constexpr int64_t kAhead = 8;  // rows, each in pages of its own, to which the CPU does not look ahead
   static constexpr Value zeros[kRun] = {};
   const int64_t steps = Format::steps(depth);
   for (int64_t first = begin; first < end; first += kRun) {
     const int64_t valid = end - first < kRun ? end - first : kRun;
     const int64_t padded = (valid + kWidth - 1) / kWidth * kWidth;
     Value buffers[2][kRun];
+    const auto in_place = [&](int64_t k) { return k < depth ? row_in_place<Value>(operand, k, first) : nullptr; };
     const auto load = [&](int64_t k, Value* buffer) -> const Value* {
       if (k >= depth) return zeros;
-      if (const Value* const values = valid == padded ? row_in_place<Value>(operand, k, first) : nullptr) return values;
+      if (const Value* const values = valid == padded ? in_place(k) : nullptr) return values;
       load_row(operand, k, first, valid, buffer);
       for (int64_t i = valid; i < padded; ++i) buffer[i] = 0;
       return buffer;
@@ -305,7 +356,12 @@ inline void pack_columns_strips(const Operand& operand, int64_t begin, int64_t e
       const Value* const values = load(Format::first_k(step), buffers[0]);
       const Value* const next = Format::kDepth == 2 ? load(Format::first_k(step) + 1, buffers[1]) : nullptr;
       typename Format::Element* const out = panels + (first - begin) * steps + step * kWidth;
+      const Value* ahead[Format::kDepth];
+      for (int k = 0; k < Format::kDepth; ++k) ahead[k] = in_place(step * Format::kDepth + k + kAhead);
       for (int64_t i = 0; i < padded; i += kWidth) {
+        for (const Value* const row : ahead) {
+          for (int64_t j = 0; row && j < kWidth; j += kLine / sizeof(Value)) __builtin_prefetch(row + i + j);
+        }
         store_step<kWidth>(Format(), values + i, next ? next + i : nullptr, out + i * steps);
       }
     }
@@ -327,7 +383,7 @@ inline void pack_strips(const Operand& operand, int64_t begin, int64_t end, int6
     return;
   }
   for (int64_t i = begin; i < end; i += kWidth, panels += Format::steps(depth) * kWidth) {
-    pack_rows_strip<Format, kWidth>(operand, i, end - i < kWidth ? end - i : kWidth, depth, panels);
+    pack_rows_strip<Format, kWidth>(operand, i, end - i, depth, panels);
   }
 }
 

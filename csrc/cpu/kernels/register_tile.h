@@ -30,10 +30,14 @@ inline void accumulate(uint32_t left, VectorOf<uint32_t>::type right, VectorOf<f
 }
 #endif
 
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
 // c[ROWS][kVectors vectors] (+)= A B. between(step) is called in each step.
 template <int ROWS, int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Between>
 inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_stride, const Element* b, Sum* c,
-                               int64_t c_stride, bool first, Between&& between) {
+                               int64_t c_stride, bool first, const Between& between) {
   using Vector = typename VectorOf<Sum>::type;
   using Right = typename VectorOf<Element>::type;
   constexpr int lanes = VectorOf<Sum>::lanes;
@@ -63,13 +67,13 @@ inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_str
 }
 
 // The same for 1 to kTileRows rows.
-template <int kRowStride, int kVectors = kTileVectors, class Element, class Sum>
+template <int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Between = Nothing>
 inline void multiply_some_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* b,
-                               Sum* c, int64_t c_stride, bool first) {
+                               Sum* c, int64_t c_stride, bool first, const Between& between = {}) {
   const auto run = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-    ((rows == kRows + 1 && (multiply_rows_tile<kRows + 1, kRowStride, kVectors>(steps, a, step_stride, b, c, c_stride,
-                                                                                first, [](int64_t) {}),
-                            true)) ||
+    ((rows == kRows + 1 &&
+      (multiply_rows_tile<kRows + 1, kRowStride, kVectors>(steps, a, step_stride, b, c, c_stride, first, between),
+       true)) ||
      ...);
   };
   run(std::make_integer_sequence<int, kTileRows>());

@@ -49,6 +49,11 @@ template <class T>
 inline T round_to_bf16(T value) {
   return static_cast<T>(bf16_to_float(float_to_bf16(static_cast<float>(value))));
 }
+inline typename VectorOf<float>::type round_to_bf16(typename VectorOf<float>::type value) {
+  const auto bits = (typename VectorOf<uint32_t>::type)value, upper = bits & 0xffff0000u;
+  const auto rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  return (typename VectorOf<float>::type)((bits & 0x7fffffffu) > 0x7f800000u ? upper | 0x400000u : rounded);
+}
 
 #if defined(__AVX512BF16__)
 // 16 + 16 floats as 32 bfloat16; subnormal numbers become zeros.
