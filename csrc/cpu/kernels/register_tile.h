@@ -49,6 +49,7 @@ inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_str
       sum[i][j] = first ? Vector{} : *reinterpret_cast<const Vector*>(c + i * c_stride + j * lanes);
     }
   }
+#pragma GCC unroll 2
   for (int64_t step = 0; step < steps; ++step, a += step_stride, b += kVectors * lanes) {
     between(step);
 #pragma GCC unroll 16
