@@ -99,26 +99,26 @@ class Run {
   // little beside B: panels that one core reads once need not go through a shared cache.
   bool is_fused(const Product& p) const {
     constexpr int64_t kLittle = 4;
+    const bool has_sums = epilogue_ || !functions_.whole_depth;
     const bool sums_are_little =
-        !needs_sums() || kLittle * p.m * static_cast<int64_t>(sizeof(T)) <= functions_.panel_bytes(p.k);
+        !has_sums || kLittle * p.m * static_cast<int64_t>(sizeof(T)) <= functions_.panel_bytes(p.k);
     return fuses_ && row_tiles(p) <= functions_.block_row_tiles && sums_are_little &&
            !functions_.panels_in_place(p.b, 0, p.k);
   }
   // As many for each thread, of nearly one size: none is a straggler.
   int64_t row_blocks(const Product& p, int64_t columns) const {
     if (is_fused(p)) return 1;
-    const int64_t c_columns = needs_sums() ? columns : 0;
-    const int64_t row_bytes = functions_.panel_bytes(depth_at_once(p)) + c_columns * static_cast<int64_t>(sizeof(T));
+    const int64_t sums = (epilogue_ ? columns : 0) + (depth_at_once(p) < p.k ? columns : functions_.tile_columns);
+    const int64_t row_bytes = functions_.panel_bytes(depth_at_once(p)) + sums * static_cast<int64_t>(sizeof(T));
     const int64_t tile_bytes = std::max<int64_t>(row_bytes * functions_.tile_rows, 1);
     const int64_t block_bytes = second_level_cache() / 8 * functions_.block_eighths;
     const int64_t tiles = std::clamp<int64_t>(block_bytes / tile_bytes, 1, functions_.block_row_tiles);
     const int64_t all = row_tiles(p), blocks = divide_up(all, tiles);
     return std::min(all, blocks == 1 ? 1 : round_up(blocks, at::get_num_threads()));
   }
-  bool needs_sums() const { return epilogue_ || !functions_.multiply_into; }
   // Of A panels, in parts of nearly one size.
   int64_t depth_at_once(const Product& p) const {
-    if (functions_.multiply_into) return p.k;
+    if (functions_.whole_depth) return p.k;
     const int64_t parts = divide_up(functions_.panel_bytes(p.k), is_fused(p) ? kFusedDepthBytes : kDepthBytes);
     return parts <= 1 ? p.k : round_up(divide_up(p.k, parts), 64);
   }
@@ -219,44 +219,42 @@ class Run {
   }
 
   void multiply(const Batch& batch, int64_t task, const char* buffer) const {
-    static thread_local Scratch a_scratch, c_scratch;
+    static thread_local Scratch a_scratch, sums_scratch, c_scratch;
     const Slice& slice = find(batch, &Slice::first_task, task);
     const Product& p = products_[slice.product];
     const int64_t block = task - slice.first_task, row = row_of(p, block, slice.blocks);
     const int64_t rows = row_of(p, block + 1, slice.blocks) - row;
     const int64_t padded = round_up(rows, functions_.tile_rows);
-    const int64_t stride = needs_sums() ? round_up(slice.columns, functions_.tile_columns) : 0;
-    const int64_t depth = depth_at_once(p);
+    const int64_t stride = round_up(slice.columns, functions_.tile_columns), depth = depth_at_once(p);
     char* const a = a_scratch.get<char>(padded * functions_.panel_bytes(depth));
-    T* const c = c_scratch.get<T>(padded * stride);
+    T* const sums = sums_scratch.get<T>(padded * (depth < p.k ? stride : functions_.tile_columns));
+    T* const c = epilogue_ ? c_scratch.get<T>(padded * stride) : nullptr;
     int64_t k = 0;
     do {
       const int64_t end = std::min(k + depth, p.k), part = end - k;
       functions_.pack_a(from_k<T>(p.a, k), row, row + rows, part, a);
       const auto multiply_columns = [&](int64_t first, int64_t columns, const DepthPart& steps, const void* b) {
-        if (needs_sums()) {
-          functions_.multiply(rows, columns, steps, k > 0, a, b, c + first, stride);
+        T* const strip_sums = depth < p.k ? sums + padded * first : sums;
+        if (epilogue_) {
+          functions_.multiply(rows, columns, steps, a, b, strip_sums, c + first, stride);
         } else {
-          functions_.multiply_into(rows, columns, p.k, a, b, p.b, p.c, row, slice.column + first);
+          functions_.multiply_into(rows, columns, steps, a, b, strip_sums, p.b, p.c, row, slice.column + first);
         }
       };
       if (slice.fused) {
-        const DepthPart packed{0, part, part};
+        const DepthPart packed{0, part, part, k == 0, end == p.k};
         pack_in_turn(slice, k, part, [&](int64_t first, int64_t columns, const void* b) {
           multiply_columns(first, columns, packed, b);
         });
       } else {
-        multiply_columns(0, slice.columns, {k, end, p.k}, slice.in_place ? slice.in_place : buffer + slice.packed);
+        multiply_columns(0, slice.columns, {k, end, p.k, k == 0, end == p.k},
+                         slice.in_place ? slice.in_place : buffer + slice.packed);
       }
       k = end;
     } while (k < p.k);
-    if (!needs_sums()) return;
+    if (!epilogue_) return;
     functions_.scale(p.b, rows, slice.column, slice.columns, c, stride);
-    if (epilogue_) {
-      (*epilogue_)(slice.product, row, rows, c, stride);
-    } else {
-      functions_.store(c, stride, rows, slice.columns, p.c, row, slice.column);
-    }
+    (*epilogue_)(slice.product, row, rows, c, stride);
   }
 
   const std::vector<Product>& products_;

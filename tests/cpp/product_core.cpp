@@ -13,6 +13,7 @@
 #include "format.h"
 #include "ops/packed_layout.h"
 
+using glam::cpu::DepthPart;
 using glam::cpu::Operand;
 using glam::cpu::Output;
 using glam::cpu::Type;
@@ -116,19 +117,27 @@ struct Panels {
   }
 };
 
-// Rows [begin, end) of A times B, a part of the depth after the other where that can be.
-std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
-  Panels panels(a, b, begin, end);
-  std::vector<Sum> c(panels.rows * panels.columns, NAN);
-  const int64_t at_once = functions.multiply_into ? a.depth : 64;
+// multiply(part, A's panels, sums) for all parts of the depth, `at_once` each where it can be cut.
+void in_parts(const Matrix& a, int64_t begin, int64_t end, Panels& panels, int64_t at_once, auto&& multiply) {
+  std::vector<Sum> sums(panels.rows * panels.columns, NAN);
+  if (functions.whole_depth) at_once = a.depth;
   int64_t k = 0;
   do {
     const int64_t part_end = std::min(k + at_once, a.depth);
     functions.pack_a(from_k<Sum>(a.operand, k), begin, end, part_end - k, panels.left.data());
-    functions.multiply(end - begin, b.outer, {k, part_end, a.depth}, k > 0, panels.left.data(), panels.right.data(),
-                       c.data(), panels.columns);
+    multiply(DepthPart{k, part_end, a.depth, k == 0, part_end == a.depth}, sums.data());
     k = part_end;
   } while (k < a.depth);
+}
+
+// Rows [begin, end) of A times B.
+std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_t end) {
+  Panels panels(a, b, begin, end);
+  std::vector<Sum> c(panels.rows * panels.columns, NAN);
+  in_parts(a, begin, end, panels, 64, [&](const DepthPart& part, Sum* sums) {
+    functions.multiply(end - begin, b.outer, part, panels.left.data(), panels.right.data(), sums, c.data(),
+                       panels.columns);
+  });
   functions.scale(b.operand, end - begin, 0, b.outer, c.data(), panels.columns);
   std::vector<Sum> result;
   for (int64_t i = 0; i < end - begin; ++i) {
@@ -139,13 +148,7 @@ std::vector<Sum> product(const Matrix& a, const Matrix& b, int64_t begin, int64_
 
 // The product into outputs of every kind must be `c`, added or rounded, and nothing beside it.
 void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) {
-  const Panels panels(a, b, 0, a.outer);
-  std::vector<Sum> whole(panels.rows * panels.columns);  // the depth in one part
-  if (!functions.multiply_into) {
-    functions.multiply(a.outer, b.outer, {0, a.depth, a.depth}, false, panels.left.data(), panels.right.data(),
-                       whole.data(), panels.columns);
-    functions.scale(b.operand, a.outer, 0, b.outer, whole.data(), panels.columns);
-  }
+  Panels panels(a, b, 0, a.outer);
   const int64_t column = 32, stride = column + round_up(b.outer, 32);
   for (const bool in_halves : {false, true}) {
     if (in_halves && sizeof(Sum) != sizeof(float)) continue;
@@ -162,12 +165,10 @@ void check_outputs(const Matrix& a, const Matrix& b, const std::vector<Sum>& c) 
                                .row_stride = stride,
                                .accumulate = accumulate,
                                .stream = stream};
-        if (functions.multiply_into) {
-          functions.multiply_into(a.outer, b.outer, a.depth, panels.left.data(), panels.right.data(), b.operand, output,
-                                  1, 0);
-        } else {
-          functions.store(whole.data(), panels.columns, a.outer, b.outer, output, 1, 0);
-        }
+        in_parts(a, 0, a.outer, panels, stream ? 64 : a.depth, [&](const DepthPart& part, Sum* sums) {
+          functions.multiply_into(a.outer, b.outer, part, panels.left.data(), panels.right.data(), sums, b.operand,
+                                  output, 1, 0);
+        });
         for (int64_t i = 0; i < elements; ++i) {
           const int64_t row = i / stride - 1, j = i % stride - column;
           const bool inside = row >= 0 && j >= 0 && j < b.outer;

@@ -18,44 +18,43 @@
 
 namespace glam::cpu::GLAM_ISA {
 
-inline constexpr int64_t kBlockSteps = 256;  // a B strip of one k block (32 KiB in AVX-512) stays in the L1 cache
+inline constexpr int64_t kBlockSteps = 384;  // for which a tile keeps its sums in registers
 
-// c[padded rows][padded columns] = A B, or c + A B, for packed panels: A's of `steps` steps, B's of all_steps, of which they
-// are those from first_step on. c_stride >= padded_columns(columns).
-template <class Element, class Sum>
+// For each tile of A B, over steps [first_step, first_step + steps) of packed panels: A's of these, B's of all_steps. The
+// tile's sums, [kTileRows][kTileColumns<Sum>], begin at 0, or with `add` where they are: at `sums`, each strip of B
+// strip_sums after the one before. finish(tile, i, j, rows) is called when a tile of `rows` rows is done that begins at
+// (i, j).
+template <class Element, class Sum, class Finish>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t first_step, int64_t steps, int64_t all_steps,
-                            bool add, const Element* a_panels, const Element* b_panels, Sum* c, int64_t c_stride) {
-  if (all_steps == 0) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) c[i * c_stride + j] = Sum(0);
-    }
-    return;
-  }
-  // The first tile of a strip would wait for B, line by line; the tiles of the strip before fetch it, a little in each step,
-  // for a burst of prefetches is waited for.
-  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+                            bool add, const Element* a_panels, const Element* b_panels, Sum* sums, int64_t strip_sums,
+                            Finish&& finish) {
+  constexpr int64_t kWidth = kTileColumns<Sum>;
+  using Stride = std::integral_constant<int64_t, kWidth>;
   // k blocks of nearly one size: a short one would load and store its sums for little.
   constexpr int64_t kUnit = 16;
   const int64_t blocks = (steps + kBlockSteps - 1) / kBlockSteps;
-  const int64_t most = (steps + blocks * kUnit - 1) / (blocks * kUnit) * kUnit;
-  for (int64_t step = 0; step < steps; step += most) {
-    const bool first = step == 0 && !add;
-    const int64_t part = steps - step < most ? steps - step : most;
-    const int64_t share = kTileColumns<Sum> * static_cast<int64_t>(sizeof(Element)) / row_tiles + 1;  // bytes in a step
-    for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
-      const Element* const b = b_panels + j * all_steps + (first_step + step) * kTileColumns<Sum>;
-      const bool last = j + kTileColumns<Sum> >= columns;
-      const char* next = reinterpret_cast<const char*>(last ? b_panels + (first_step + step + part) * kTileColumns<Sum>
-                                                            : b + all_steps * kTileColumns<Sum>);
+  const int64_t most = blocks == 0 ? kUnit : (steps + blocks * kUnit - 1) / (blocks * kUnit) * kUnit;
+  // The first tile of a block would wait for B, line by line; the tiles of the block before fetch it, a little in each
+  // step, for a burst of prefetches is waited for.
+  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t share = kWidth * static_cast<int64_t>(sizeof(Element)) / row_tiles + 1;  // bytes in a step
+  for (int64_t j = 0; j < columns; j += kWidth, sums += strip_sums) {
+    const Element* const strip = b_panels + j * all_steps + first_step * kWidth;
+    for (int64_t step = 0; step == 0 || step < steps; step += most) {
+      const int64_t part = steps - step < most ? steps - step : most;
+      const bool last = step + part == steps;
+      const Element* const b = strip + step * kWidth;
+      const char* next = reinterpret_cast<const char*>(last ? strip + all_steps * kWidth : b + part * kWidth);
       const auto fetch = [&](int64_t k) {
         __builtin_prefetch(next + k * share, 0, 2);
         if (share > kLine) __builtin_prefetch(next + k * share + kLine, 0, 2);
       };
       for (int64_t i = 0; i < rows; i += kTileRows, next += part * share) {
-        const Element* const a = a_panels + i * steps + step * kTileRows;
-        Sum* const tile = c + i * c_stride + j;
         const int64_t count = rows - i < kTileRows ? rows - i : kTileRows;
-        multiply_some_rows<1>(count, part, a, kTileRows, b, tile, c_stride, first, fetch);
+        Sum* const tile = sums + i * kWidth;
+        multiply_some_rows<1>(count, part, a_panels + i * steps + step * kTileRows, kTileRows, b, tile, Stride(),
+                              step == 0 && !add, fetch);
+        if (last) finish(tile, i, j, count);
       }
     }
   }
@@ -98,6 +97,37 @@ inline void store_row(const T* values, int64_t columns, const Output& output, in
     for (int64_t l = 0; l < part; ++l) sums[l] += values[j + l];
     store_values(sums, part, out_part, output.type);
   }
+}
+
+// values[rows][kTileColumns<T>], of which `columns` matter -> the block of `output` that begins at (row, column).
+template <class T>
+inline void store_tile(const T* values, int64_t rows, int64_t columns, const Output& output, int64_t row,
+                       int64_t column) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t kWidth = kTileColumns<T>;
+  char* out = static_cast<char*>(advance(output.data, output.type, row * output.row_stride + column));
+  const int64_t row_bytes = output.row_stride * size_of(output.type);
+  const auto for_rows = [&](auto&& store) {
+    for (int64_t i = 0; i < rows; ++i, out += row_bytes) store(values + i * kWidth);
+  };
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(out) | row_bytes) % kVectorBytes == 0;
+  if (columns == kWidth && size_of(output.type) == sizeof(T)) {
+    if (output.accumulate) {
+      return for_rows([&](const T* in) {
+        for (int64_t j = 0; j < kWidth; j += VectorOf<T>::lanes) {
+          *reinterpret_cast<Vector*>(out + j * sizeof(T)) += *reinterpret_cast<const Vector*>(in + j);
+        }
+      });
+    }
+    if (output.stream && is_aligned) {
+      return for_rows([&](const T* in) { stream_values(in, kWidth, reinterpret_cast<T*>(out)); });
+    }
+    return for_rows([&](const T* in) { std::memcpy(out, in, kWidth * sizeof(T)); });
+  }
+  if (columns == kWidth && output.type == Type::bf16 && !output.accumulate) {
+    return for_rows([&](const T* in) { store_values(in, kWidth, out, Type::bf16); });
+  }
+  for (int64_t i = 0; i < rows; ++i) store_row(values + i * kWidth, columns, output, row + i, column);
 }
 
 // values[rows][stride] -> the block of `output` whose first element is (row, column).

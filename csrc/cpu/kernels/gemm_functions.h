@@ -37,27 +37,49 @@ struct GemmEntries {
     }
   }
 #if GLAM_AMX
-  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, bool, const void* a_panels,
-                       const void* b_panels, Sum* c, int64_t c_stride) {
+  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                       const void* b_panels, Sum*, Sum* c, int64_t c_stride) {
     multiply_panels(rows, columns, Format::steps(depth.all), static_cast<const Element*>(a_panels),
                     static_cast<const Element*>(b_panels), c, c_stride);
   }
-  static void multiply_into_output(int64_t rows, int64_t columns, int64_t depth, const void* a_panels,
-                                   const void* b_panels, const Operand& b, const Output& output, int64_t row,
-                                   int64_t column) {
-    multiply_panels_into(rows, columns, Format::steps(depth), static_cast<const Element*>(a_panels),
+  static void multiply_into(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                            const void* b_panels, Sum*, const Operand& b, const Output& output, int64_t row,
+                            int64_t column) {
+    multiply_panels_into(rows, columns, Format::steps(depth.all), static_cast<const Element*>(a_panels),
                          static_cast<const Element*>(b_panels), output, row, column,
                          [&](Sum* values, int64_t j) { scale(b, 1, column + j, kTileColumns<Sum>, values, 0); });
   }
-  static constexpr auto kMultiplyInto = &multiply_into_output;
 #else
-  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, bool add, const void* a_panels,
-                       const void* b_panels, Sum* c, int64_t c_stride) {
-    multiply_panels(rows, columns, depth.begin / Format::kDepth, Format::steps(depth.end - depth.begin),
-                    Format::steps(depth.all), add, static_cast<const Element*>(a_panels),
-                    static_cast<const Element*>(b_panels), c, c_stride);
+  template <class Finish>
+  static void multiply_part(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                            const void* b_panels, Sum* sums, Finish&& finish) {
+    const bool is_whole = depth.is_first && depth.is_last;
+    multiply_panels(
+        rows, columns, depth.begin / Format::kDepth, Format::steps(depth.end - depth.begin), Format::steps(depth.all),
+        !depth.is_first, static_cast<const Element*>(a_panels), static_cast<const Element*>(b_panels), sums,
+        is_whole ? 0 : padded_rows<Sum>(rows) * kTileColumns<Sum>, [&](Sum* tile, int64_t i, int64_t j, int64_t count) {
+          if (depth.is_last) finish(tile, i, j, count);
+        });
   }
-  static constexpr std::nullptr_t kMultiplyInto = nullptr;
+  static void multiply(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                       const void* b_panels, Sum* sums, Sum* c, int64_t c_stride) {
+    multiply_part(
+        rows, columns, depth, a_panels, b_panels, sums, [&](const Sum* tile, int64_t i, int64_t j, int64_t count) {
+          for (int64_t row = 0; row < count; ++row) {
+            std::memcpy(c + (i + row) * c_stride + j, tile + row * kTileColumns<Sum>, kTileColumns<Sum> * sizeof(Sum));
+          }
+        });
+  }
+  static void multiply_into(int64_t rows, int64_t columns, const DepthPart& depth, const void* a_panels,
+                            const void* b_panels, Sum* sums, const Operand& b, const Output& output, int64_t row,
+                            int64_t column) {
+    multiply_part(rows, columns, depth, a_panels, b_panels, sums, [&](Sum* tile, int64_t i, int64_t j, int64_t count) {
+      const int64_t valid = columns - j < kTileColumns<Sum> ? columns - j : kTileColumns<Sum>;
+      scale(b, count, column + j, valid, tile, kTileColumns<Sum>);
+      store_tile(tile, count, valid, output, row + i, column + j);
+    });
+    if (output.stream) finish_streaming();
+  }
 #endif
   static void multiply_few_rows(int64_t rows, const void* a, const Operand& b, int64_t column, int64_t columns,
                                 int64_t depth, Sum* c, int64_t c_stride) {
@@ -75,8 +97,9 @@ struct GemmEntries {
             .pack_a = &pack_a,
             .pack_b = &pack_b,
             .panels_in_place = &panels_in_place,
+            .whole_depth = GLAM_AMX,
             .multiply = &multiply,
-            .multiply_into = kMultiplyInto,
+            .multiply_into = &multiply_into,
             .scale = &scale,
             .few_rows = kFewRows,
             .can_stream = &can_stream<Format>,

@@ -35,9 +35,9 @@ struct Nothing {
 };
 
 // c[ROWS][kVectors vectors] (+)= A B. between(step) is called in each step.
-template <int ROWS, int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Between>
+template <int ROWS, int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Stride, class Between>
 inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_stride, const Element* b, Sum* c,
-                               int64_t c_stride, bool first, const Between& between) {
+                               Stride c_stride, bool first, const Between& between) {
   using Vector = typename VectorOf<Sum>::type;
   using Right = typename VectorOf<Element>::type;
   constexpr int lanes = VectorOf<Sum>::lanes;
@@ -68,9 +68,9 @@ inline void multiply_rows_tile(int64_t steps, const Element* a, int64_t step_str
 }
 
 // The same for 1 to kTileRows rows.
-template <int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Between = Nothing>
+template <int kRowStride, int kVectors = kTileVectors, class Element, class Sum, class Stride, class Between = Nothing>
 inline void multiply_some_rows(int64_t rows, int64_t steps, const Element* a, int64_t step_stride, const Element* b,
-                               Sum* c, int64_t c_stride, bool first, const Between& between = {}) {
+                               Sum* c, Stride c_stride, bool first, const Between& between = {}) {
   const auto run = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
     ((rows == kRows + 1 &&
       (multiply_rows_tile<kRows + 1, kRowStride, kVectors>(steps, a, step_stride, b, c, c_stride, first, between),
