@@ -36,12 +36,11 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 // All rows of a product, columns [column, column + columns), cut into row blocks: a task each. The B panels are at
-// `in_place`, or else at `packed` (bytes) of their batch's buffer; if it is `fused`, its only task packs some at a time and
-// multiplies them while they are in its core's cache.
+// `in_place`, or else at `packed` (bytes) of their batch's buffer; a fused product's only task of the slice packs some at a
+// time and multiplies them while they are in its core's cache.
 struct Slice {
   int64_t product, column, columns, packed;
   const void* in_place;
-  bool fused;
   int64_t blocks;
   int64_t first_strip, first_task;  // running totals of the batch
 };
@@ -132,22 +131,23 @@ class Run {
     int64_t columns_per_slice = kColumnsPerSlice;
     // Where there are too few tasks for the threads: rows apart from each other, or narrower ones.
     const int64_t wanted = at::get_num_threads() * kTasksPerThread;
-    fuses_ = at::get_num_threads() == 1 || !epilogue_ || count_tasks(0) >= wanted;
+    fuses_ = at::get_num_threads() == 1 || !epilogue_ || count_tasks(columns_per_slice) >= wanted;
     while (!epilogue_ && columns_per_slice > functions_.tile_columns && count_tasks(columns_per_slice) < wanted) {
       columns_per_slice = round_up(columns_per_slice / 2, functions_.tile_columns);
     }
     for (size_t i = 0; i < products_.size(); ++i) {
       const Product& p = products_[i];
       if (p.m == 0) continue;
-      const int64_t step = epilogue_ ? p.n : slice_columns(p, columns_per_slice);
+      const int64_t step = slice_columns(p, columns_per_slice);
       for (int64_t column = 0; column < p.n; column += step) {
         add(static_cast<int64_t>(i), column, std::min(step, p.n - column));
       }
     }
   }
 
-  // `most`, or what has kSliceBytes of panels.
+  // `most`, or what has kSliceBytes of panels; all where there is an epilogue.
   int64_t slice_columns(const Product& p, int64_t most) const {
+    if (epilogue_) return p.n;
     const int64_t fit = kSliceBytes / std::max<int64_t>(functions_.panel_bytes(p.k), 1);
     const int64_t tiles = std::max<int64_t>(fit / functions_.tile_columns, 1);
     return std::min(most, tiles * functions_.tile_columns);
@@ -156,7 +156,7 @@ class Run {
   int64_t count_tasks(int64_t columns_per_slice) const {
     int64_t tasks = 0;
     for (const Product& p : products_) {
-      const int64_t columns = epilogue_ ? p.n : std::min(slice_columns(p, columns_per_slice), p.n);
+      const int64_t columns = std::min(slice_columns(p, columns_per_slice), p.n);
       if (p.m > 0 && p.n > 0) tasks += divide_up(p.n, columns) * row_blocks(p, columns);
     }
     return tasks;
@@ -165,8 +165,7 @@ class Run {
   void add(int64_t product, int64_t column, int64_t columns) {
     const Product& p = products_[product];
     const void* const in_place = functions_.panels_in_place(p.b, column, p.k);
-    const bool fused = is_fused(p);
-    const int64_t strips = in_place || fused ? 0 : divide_up(columns, functions_.tile_columns);
+    const int64_t strips = in_place || is_fused(p) ? 0 : divide_up(columns, functions_.tile_columns);
     const int64_t bytes = strips * functions_.tile_columns * functions_.panel_bytes(p.k);
     if (batches_.empty() || (batches_.back().packed_bytes + bytes > kPackedBytes && batches_.back().num_tasks > 0)) {
       batches_.emplace_back();
@@ -174,7 +173,7 @@ class Run {
     Batch& batch = batches_.back();
     const int64_t blocks = row_blocks(p, columns);
     batch.slices.push_back(
-        {product, column, columns, batch.packed_bytes, in_place, fused, blocks, batch.num_strips, batch.num_tasks});
+        {product, column, columns, batch.packed_bytes, in_place, blocks, batch.num_strips, batch.num_tasks});
     batch.packed_bytes += bytes;
     batch.num_strips += strips;
     batch.num_tasks += blocks;
@@ -241,7 +240,7 @@ class Run {
           functions_.multiply_into(rows, columns, steps, a, b, strip_sums, p.b, p.c, row, slice.column + first);
         }
       };
-      if (slice.fused) {
+      if (is_fused(p)) {
         const DepthPart packed{0, part, part, k == 0, end == p.k};
         pack_in_turn(slice, k, part, [&](int64_t first, int64_t columns, const void* b) {
           multiply_columns(first, columns, packed, b);
